@@ -1,0 +1,1 @@
+"""One module a family: its configuration, its network, and its own rules before and after it."""

@@ -1,0 +1,56 @@
+"""One row a variant, as data. No torch here: the API's process reads this without paying for it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A published model size.
+
+    ``marks`` are the configuration values by which its checkpoint is told from its family's others.
+    """
+
+    id: str
+    family: str
+    title: str
+    file: str
+    marks: tuple[tuple[str, int], ...]
+    sha256: str | None = None
+
+
+VARIANTS: tuple[Variant, ...] = (
+    Variant(
+        "sam_vit_b", "sam_vit", "SAM ViT-B", "sam_vit_b_01ec64.pth",
+        (("image_size", 1024), ("embed_dim", 768), ("depth", 12), ("heads", 12)),
+        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    ),
+    Variant(
+        "sam_vit_l", "sam_vit", "SAM ViT-L", "sam_vit_l_0b3195.pth",
+        (("image_size", 1024), ("embed_dim", 1024), ("depth", 24), ("heads", 16)),
+        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    ),
+    Variant(
+        "sam_vit_h", "sam_vit", "SAM ViT-H", "sam_vit_h_4b8939.pth",
+        (("image_size", 1024), ("embed_dim", 1280), ("depth", 32), ("heads", 16)),
+        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+    ),
+)  # fmt: skip
+
+OTHER_SIZES = {"sam_vit": "SAM with a ViT encoder of any other size"}
+"""Variant ids for sizes that nobody published, by family."""
+
+NOT_YET = (
+    ("image_encoder.trunk.pos_embed_window", "SAM 2"),
+    ("image_encoder.features.0.0.c.weight", "EdgeSAM"),
+    ("image_encoder.patch_embed.seq.0.c.weight", "MobileSAM, TinySAM or SAM-HQ-Tiny"),
+    ("prompt_encoder.bbox_top_left_embeddings.weight", "EfficientSAM"),
+    ("mask_decoder.hf_token.weight", "SAM-HQ"),
+)
+"""A key by which a family is recognised that this version cannot compress, and the family's name."""
+
+
+def known_variants() -> tuple[str, ...]:
+    """Every variant id that may be named."""
+    return tuple(v.id for v in VARIANTS) + tuple(OTHER_SIZES)
