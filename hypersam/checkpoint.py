@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hypersam.errors import (
-    CheckpointError, EmptyCheckpoint, NotACheckpoint, UnsafeCheckpoint,
+    CheckpointError,
+    EmptyCheckpoint,
+    NotACheckpoint,
+    UnsafeCheckpoint,
 )  # fmt: skip
 
 _WRAPPERS = ("model", "state_dict")
@@ -115,7 +119,10 @@ def _load_pickle(path: Path, container: str) -> Any:
     if container == "zip":
         _check_archive(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=container == "zip")
+        with warnings.catch_warnings():
+            # It warns of what the checks that follow decide: foreign pickle protocols, sparse tensors.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=container == "zip")
     except pickle.UnpicklingError as error:
         message = str(error)
         if "Unsupported global" in message or "GLOBAL" in message or "Unsupported class" in message:
@@ -155,18 +162,14 @@ def _unwrap(content: Any, name: str) -> tuple[str, dict[str, Tensor]]:
                 wrapper, content = key, content[key]
                 break
     if not isinstance(content, Mapping):
-        raise CheckpointError(
-            f"{name} holds a {type(content).__name__}; a state dict (names to tensors) was expected"
-        )
+        raise CheckpointError(f"{name} holds a {type(content).__name__}; a state dict (names to tensors) was expected")
     if not content:
         raise EmptyCheckpoint(f"{name} holds a state dict without tensors")
     state = dict(content)
     strange = [f"{key!r} ({type(value).__name__})" for key, value in state.items()
                if not isinstance(key, str) or not isinstance(value, Tensor)]  # fmt: skip
     if strange:
-        raise CheckpointError(
-            f"{name} is no plain state dict: {', '.join(strange[:5])} should be names with tensors"
-        )
+        raise CheckpointError(f"{name} is no plain state dict: {', '.join(strange[:5])} should be names with tensors")
     for key, value in state.items():
         if value.layout is not torch.strided or value.is_quantized or value.is_meta:
             raise CheckpointError(f"{name}: {key!r} is a sparse, quantised or meta tensor; dense ones are read")

@@ -6,6 +6,11 @@ prints. The message names what was wrong and what would be right.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from kernels import errors as kernel_errors
+
 
 class HypersamError(Exception):
     """Base of every error that a user's input or environment can cause."""
@@ -55,19 +60,19 @@ class VariantMismatch(CheckpointError):
     code = "variant_mismatch"
 
 
-class ArtifactError(HypersamError):
+class ArtifactError(HypersamError, kernel_errors.ArtifactError):
     """A compressed model that cannot be read."""
 
     code = "bad_artifact"
 
 
-class ArtifactCorrupt(ArtifactError):
+class ArtifactCorrupt(ArtifactError, kernel_errors.ArtifactCorrupt):
     """A checksum does not match. The message names the tensor."""
 
     code = "artifact_corrupt"
 
 
-class ArtifactVersion(ArtifactError):
+class ArtifactVersion(ArtifactError, kernel_errors.ArtifactVersion):
     """Written in a version of the format that this release does not read."""
 
     code = "artifact_version"
@@ -127,6 +132,18 @@ class NameTaken(HypersamError):
     code = "name_taken"
 
 
+class InvalidName(HypersamError):
+    """The name cannot name a model."""
+
+    code = "invalid_name"
+
+
+class SourceNotAllowed(HypersamError):
+    """A checkpoint was asked for from a place that the operator does not allow."""
+
+    code = "source_not_allowed"
+
+
 class UploadTooLarge(HypersamError):
     """The checkpoint is larger than the service accepts."""
 
@@ -155,3 +172,18 @@ class Overloaded(Unavailable):
     """More requests wait than the service lets wait."""
 
     code = "overloaded"
+
+
+@contextmanager
+def artifact_errors() -> Iterator[None]:
+    """Give the errors of the kernels room their place in this tree."""
+    try:
+        yield
+    except HypersamError:
+        raise
+    except kernel_errors.ArtifactCorrupt as error:
+        raise ArtifactCorrupt(str(error)) from error
+    except kernel_errors.ArtifactVersion as error:
+        raise ArtifactVersion(str(error)) from error
+    except kernel_errors.ArtifactError as error:
+        raise ArtifactError(str(error)) from error

@@ -46,6 +46,7 @@ class SceneObject:
 
     @property
     def partly_hidden(self) -> bool:
+        """Whether a visible share of it is covered by later objects."""
         return self.hidden >= HIDDEN_FROM
 
     @property
@@ -415,9 +416,7 @@ def _limbed(brush: _Brush, rng: np.random.Generator, cx: float, cy: float, radiu
         length = body * rng.uniform(1.3, 2.4)
         steps = np.linspace(0, 1, 8)
         heading = angle + bend * steps
-        path = np.stack(
-            [cx + length * steps * np.cos(heading), cy + length * steps * np.sin(heading)], -1
-        )
+        path = np.stack([cx + length * steps * np.cos(heading), cy + length * steps * np.sin(heading)], -1)
         brush.stroke(path, max(0.012, body * rng.uniform(0.12, 0.3)))
 
 

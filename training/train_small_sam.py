@@ -7,9 +7,10 @@ with windowed and global blocks and relative positions, the prompt encoder and t
 The recipe is SAM's (Kirillov et al. 2023, section 3 and appendix A): focal and dice loss at 20 to 1 and a
 mean-square loss on the predicted IoU, points and jittered boxes, loss only through the best of the three
 masks, then a corrective click drawn from the error with the previous logits as mask input. It departs in
-three ways: the single-mask token is trained on every prompt, matrices are optimised by Muon (a quarter
-of the steps AdamW needs at this size), and the learning rate follows the clock rather than a step count,
-so that the run ends when it was told to. On two CPU cores expect about two hours; a GPU is used if there is one.
+four ways: the single-mask token is trained on every prompt; a linear head, thrown away afterwards, learns
+from all pixels at once which belong together, since a few prompts a picture teach the encoder slowly;
+matrices are optimised by Muon; and the learning rate follows the clock rather than a step count, so that
+the run ends when it was told to. A GPU is used if there is one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import (
-    ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer,
+    ImageEncoderViT,
+    MaskDecoder,
+    PromptEncoder,
+    Sam,
+    TwoWayTransformer,
 )  # fmt: skip
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
@@ -58,24 +63,25 @@ def build_small_sam() -> Sam:
     )  # fmt: skip
 
 
-class Prompts(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
-    """Endless training scenes as (image uint8 3xHxW, masks bool NxHxW, corners float Nx2x2 with NaN for points)."""
+class Prompts(IterableDataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
+    """Endless training scenes: image (uint8, 3xHxW), masks (bool, NxHxW) and corners (float, Nx2x2, the second
+    NaN for clicks) of the prompts, and for every second pixel the number of its object (0: none)."""
 
     def __init__(self, first: int, per_image: int) -> None:
         self.first, self.per_image = first, per_image
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         info = torch.utils.data.get_worker_info()
         seed, step = (self.first + info.id, info.num_workers) if info else (self.first, 1)
         while True:
             scene = make_scene(seed, split="train", size=SIDE)
             if scene.objects:
-                yield draw_prompts(scene, np.random.default_rng(seed), self.per_image)
+                yield *draw_prompts(scene, np.random.default_rng(seed), self.per_image), owners(scene)
             seed += step
 
 
 def draw_prompts(scene: Scene, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """``count`` prompts: half clicks inside an object, half boxes jittered as SAM's (10 % of the side, 20 px at most)."""
+    """``count`` prompts: half clicks inside an object, half boxes jittered as SAM's (10 % of a side, 20 px at most)."""
     order = rng.permutation(len(scene.objects))
     masks, corners = [], []
     for i in range(count):
@@ -92,6 +98,50 @@ def draw_prompts(scene: Scene, rng: np.random.Generator, count: int) -> tuple[Te
             corners.append(np.array([[x, y], [np.nan, np.nan]]))
     image = torch.from_numpy(np.ascontiguousarray(scene.image.transpose(2, 0, 1)))
     return image, torch.from_numpy(np.stack(masks)), torch.from_numpy(np.stack(corners)).float()
+
+
+def owners(scene: Scene) -> Tensor:
+    """Number of the object that every second pixel shows, 0 for none (int64)."""
+    owner = np.zeros((SIDE // 2, SIDE // 2), np.int64)
+    for number, thing in enumerate(scene.objects, 1):
+        owner[thing.mask[::2, ::2]] = number
+    return torch.from_numpy(owner)
+
+
+class GroupingHead(nn.Module):
+    """A short vector for every second pixel, near to those of its own object and far from all others.
+
+    It trains the image encoder and is not part of the model.
+    """
+
+    def __init__(self, vector: int = 16, samples: int = 640, reach: int = 6) -> None:
+        super().__init__()
+        self.scale = SIDE // 2 // (SIDE // PATCH)
+        self.project = nn.Conv2d(PROMPT_DIM, vector * self.scale**2, 1)
+        self.slope, self.offset = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))
+        self.samples, self.reach = samples, reach
+
+    def forward(self, embeddings: Tensor, owner: Tensor) -> Tensor:
+        """Mean loss over random pairs of pixels of a picture, and over pairs of near ones."""
+        vectors = F.pixel_shuffle(self.project(embeddings), self.scale)
+        batch, _, side, _ = vectors.shape
+        picture = torch.arange(batch, device=owner.device)[:, None]
+        y, x = torch.randint(side, (2, batch, self.samples), device=owner.device)
+        move = torch.randint(-self.reach, self.reach + 1, (2, batch, self.samples), device=owner.device)
+        near_y, near_x = (y + move[0]).clamp(0, side - 1), (x + move[1]).clamp(0, side - 1)
+        a, near = vectors[picture, :, y, x], vectors[picture, :, near_y, near_x]
+        own, near_own = owner[picture, y, x], owner[picture, near_y, near_x]
+        apart = (a[:, :, None] - a[:, None]).square().sum(-1)
+        far = self._loss(apart, own[:, :, None], own[:, None].expand(-1, self.samples, -1))
+        return far + self._loss((a - near).square().sum(-1), own, near_own)
+
+    def _loss(self, distance: Tensor, one: Tensor, other: Tensor) -> Tensor:
+        """Cross-entropy of 'the same object', equal and unequal pairs weighing the same in sum."""
+        logit = self.offset - self.slope.exp() * distance
+        same, counts = one == other, (one > 0) | (other > 0)
+        each = F.binary_cross_entropy_with_logits(logit, same.float(), reduction="none")
+        equal, unequal = (same & counts), (~same & counts)
+        return (each * equal).sum() / equal.sum().clamp(min=1) + (each * unequal).sum() / unequal.sum().clamp(min=1)
 
 
 def click_inside(mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int]:
@@ -232,6 +282,7 @@ def main() -> None:
     ask.add_argument("--prompts", type=int, default=6, help="prompts a picture")
     ask.add_argument("--lr", type=float, default=1.5e-3)
     ask.add_argument("--workers", type=int, default=1)
+    ask.add_argument("--grouping", type=float, default=1.0, help="weight of the pixel grouping loss")
     ask.add_argument("--start", type=Path, help="weights to begin from")
     ask.add_argument("--first-scene", type=int, default=0)
     ask.add_argument("--compile", action="store_true", help="torch.compile the image encoder")
@@ -246,13 +297,15 @@ def main() -> None:
     print(f"{sum(p.numel() for p in sam.parameters()) / 1e6:.2f} M parameters on {device}", flush=True)
     average = copy.deepcopy(sam).eval()
     encode = torch.compile(sam.image_encoder) if options.compile else sam.image_encoder
+    grouping = GroupingHead().to(device)
     steppers = optimizers(sam, options.lr)
+    steppers[1].add_param_group({"params": list(grouping.parameters())})
     loader = DataLoader(
         Prompts(options.first_scene, options.prompts), batch_size=options.batch,
         num_workers=options.workers, prefetch_factor=8 if options.workers else None,
     )  # fmt: skip
-    began, reported, running = time.monotonic(), 0.0, 0.0
-    for step, (images, masks, corners) in enumerate(loader):
+    began, reported, running = time.monotonic(), 0.0, np.zeros(2)
+    for step, (images, masks, corners, owner) in enumerate(loader):
         elapsed = (time.monotonic() - began) / (60 * options.minutes)
         if elapsed >= 1:
             break
@@ -262,13 +315,14 @@ def main() -> None:
                 group["lr"] = options.lr * rate(elapsed)
         with torch.autocast(device.type, torch.bfloat16):
             embeddings = encode(sam.preprocess(images.float())).float()
-        correct = elapsed > 0.3 and step % 3 == 0
+        correct = elapsed > 0.4 and step % 4 == 0
         # The decoder stays in fp32: its matrices are small, and on a CPU bf16 makes them slower.
         loss = torch.stack(
             [image_loss(sam, embeddings[i : i + 1], masks[i], corners[i], correct)
              for i in range(len(images))]
         ).mean()  # fmt: skip
-        loss.backward()
+        group_loss = grouping(embeddings, owner.to(device))
+        (loss + options.grouping * group_loss).backward()
         nn.utils.clip_grad_norm_(sam.parameters(), 1.0)
         for stepper in steppers:
             stepper.step()
@@ -276,13 +330,15 @@ def main() -> None:
         keep = min(0.998, (step + 1) / (step + 20))
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(sam.parameters()), 1 - keep)
-        running = loss.item() if not step else 0.98 * running + 0.02 * loss.item()
+        losses = np.array([loss.item(), group_loss.item()])
+        running = losses if not step else 0.98 * running + 0.02 * losses
         minutes = (time.monotonic() - began) / 60
         if step in (20, 100) or minutes - reported >= options.report_every:
             reported = minutes
             point, box = held_out_iou(average, 40)
             print(
-                f"{minutes:6.1f} min  step {step:6d}  loss {running:.4f}  point {point:.4f}  box {box:.4f}",
+                f"{minutes:6.1f} min  step {step:6d}  loss {running[0]:.4f} + {running[1]:.4f}  "
+                f"point {point:.4f}  box {box:.4f}",
                 flush=True,
             )
             save(average, options.out)

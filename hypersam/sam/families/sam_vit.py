@@ -52,6 +52,7 @@ class SamViTConfig:
         return self.image_size // self.patch
 
     def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON; ``from_dict`` reads it."""
         return asdict(self) | {"windows": list(self.windows)}
 
     @classmethod
@@ -163,6 +164,7 @@ class ImageEncoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """Embed a batch of padded pictures."""
         x = self.patch_embed(x) + self.pos_embed
         for block in self.blocks:
             x = block(x)

@@ -1,0 +1,167 @@
+"""The ``hypersam`` command: its subcommands, and how errors leave it (one line, exit code 1 or 2)."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hypersam import __version__
+from hypersam.errors import HypersamError
+
+app = typer.Typer(
+    name="hypersam",
+    help="Make Segment Anything checkpoints small and serve them from their compressed weights.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+_errors = Console(stderr=True, soft_wrap=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on standard output."""
+    sys.stdout.write(json.dumps(value) + "\n")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hypersam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    pass
+
+
+@app.command("compress")
+def compress_command(
+    source: Annotated[Path, typer.Argument(metavar="IN", help="Checkpoint: .pth, .pt or .safetensors.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT", help="Artifact to write, .hsam by custom.")],
+    codec: Annotated[str, typer.Option(help="Codec.")] = "birkhoff",
+    variant: Annotated[str | None, typer.Option(help="Say which model it is; detected otherwise.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option("--option", help="Codec option as name=value, the value as JSON.")
+    ] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Compress a checkpoint into an artifact."""
+    from hypersam.cli.offline import run_compress
+
+    run_compress(source, target, codec, variant, option or [], device, as_json)
+
+
+@app.command("decompress")
+def decompress_command(
+    artifact: Annotated[Path, typer.Argument(metavar="ARTIFACT")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.safetensors")],
+    as_json: Json = False,
+) -> None:
+    """Write an artifact's tensors as an ordinary safetensors checkpoint."""
+    from hypersam.cli.offline import run_decompress
+
+    run_decompress(artifact, target, as_json)
+
+
+@app.command("inspect")
+def inspect_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Checkpoint or artifact.")],
+    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tell what a checkpoint or artifact holds."""
+    from hypersam.cli.offline import run_inspect
+
+    run_inspect(file, tensors, as_json)
+
+
+@app.command("segment")
+def segment_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Artifact or checkpoint.")],
+    image: Annotated[Path, typer.Argument(metavar="IMAGE")],
+    point: Annotated[
+        list[str] | None, typer.Option("--point", help="x,y or x,y,label (1 inside, 0 outside); repeatable.")
+    ] = None,
+    box: Annotated[str | None, typer.Option("--box", help="x0,y0,x1,y1.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="PNG to write the best mask to.")] = None,
+    multimask: Annotated[bool, typer.Option(help="Three masks to choose the best from, or one.")] = True,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Segment a picture without a server."""
+    from hypersam.cli.offline import run_segment
+
+    run_segment(model, image, point or [], box, out, multimask, device, as_json)
+
+
+@app.command("eval")
+def eval_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Artifact or checkpoint.")],
+    objects: Annotated[int, typer.Option(min=1, help="Objects to ask for, each by click and by box.")] = 1000,
+    first_scene: Annotated[int, typer.Option(min=0, help="Number of the first held-out scene.")] = 0,
+    against: Annotated[Path | None, typer.Option(help="Another model, compared object by object.")] = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure mean IoU on generated scenes that no training has seen."""
+    from hypersam.cli.offline import run_eval
+
+    run_eval(model, objects, first_scene, against, device, as_json)
+
+
+@app.command("serve")
+def serve_command(
+    data_dir: Annotated[Path | None, typer.Option(help="Uploads, artifacts and Redis's file.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    workers: Annotated[int | None, typer.Option(min=0, help="Worker processes; 0 where they run elsewhere.")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="A Redis that runs already; else one is started.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="critical, error, warning, info or debug.")] = None,
+) -> None:
+    """Serve everything from one command: Redis, the API and the workers. Ctrl-C stops all of them."""
+    from pydantic import ValidationError
+
+    from hypersam.cli.serve import serve
+    from hypersam.settings import Settings
+
+    given = {"data_dir": data_dir, "host": host, "port": port, "workers": workers, "redis_url": redis_url,
+             "device": device, "log_level": log_level}  # fmt: skip
+    try:
+        settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    serve(settings)
+
+
+def main() -> None:
+    """Entry of the console script. A user's mistake ends in one line on standard error and exit code 1."""
+    try:
+        app()
+    except HypersamError as error:
+        report(error.code, str(error))
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        report("file", f"{error.strerror}: {error.filename}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def report(code: str, message: str) -> None:
+    """Say what went wrong, as JSON too where that was asked for, and leave with exit code 1."""
+    if "--json" in sys.argv:
+        print_json({"error": {"code": code, "message": message}})
+    _errors.print(f"[bold red]{code}[/]: ", end="")
+    _errors.print(message, markup=False, highlight=False)
+    sys.exit(1)

@@ -1,0 +1,211 @@
+"""What the subcommands that need no server do."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from hypersam import compression
+from hypersam.checkpoint import read_checkpoint, sha256_of
+from hypersam.cli.main import print_json
+from hypersam.engine import Prompt, check_prompts, predict
+from hypersam.errors import InvalidOption, NotACheckpoint, PromptError, artifact_errors
+from hypersam.images import decode_image
+from hypersam.loading import is_artifact, load_model
+from hypersam.sam.detect import detect
+
+_screen = Console(stderr=True)
+
+
+def run_compress(
+    source: Path, target: Path, codec: str, variant: str | None, pairs: list[str], device: str, as_json: bool
+) -> None:
+    """Compress with a progress bar, then say what came of it."""
+    options = dict(_option(pair) for pair in pairs)
+    with _bar(as_json) as tell:
+        report = compression.compress(
+            source, target, codec=codec, variant=variant, options=options, device=device, progress=tell
+        )
+    if as_json:
+        print_json(report.as_dict())
+        return
+    table = Table(show_header=False, box=None)
+    table.add_row("model", f"{report.variant}, {report.parameters / 1e6:.2f} M parameters")
+    sizes = f"{report.source_bytes / 1e6:.2f} MB → {report.artifact_bytes / 1e6:.2f} MB"
+    table.add_row("size", f"{sizes}, {report.ratio:.2f} times smaller")
+    if report.bits_per_weight is not None and report.sqnr_db is not None:
+        table.add_row("encoded", f"{report.bits_per_weight:.3f} bits a weight, SQNR {report.sqnr_db:.2f} dB")
+    table.add_row("stored as is", f"{100 * (1 - report.encoded_share):.2f} % of the values")
+    table.add_row("time", f"{report.seconds:.2f} s")
+    table.add_row("sha256", report.artifact_sha256)
+    Console().print(table)
+
+
+def run_decompress(artifact: Path, target: Path, as_json: bool) -> None:
+    """Write the dense tensors, under a temporary name first."""
+    from safetensors.torch import save_file
+
+    from kernels.artifact import open_artifact
+
+    part = target.with_name(target.name + ".part")
+    with artifact_errors(), open_artifact(_existing(artifact), verify=False) as opened:
+        state = {key: value.contiguous() for key, value in opened.state_dict().items()}
+    try:
+        save_file(state, part)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+    if as_json:
+        print_json({"tensors": len(state), "bytes": target.stat().st_size, "sha256": sha256_of(target)})
+    else:
+        Console().print(f"{len(state)} tensors, {target.stat().st_size / 1e6:.2f} MB: {target}")
+
+
+def run_inspect(file: Path, tensors: bool, as_json: bool) -> None:
+    """Print what a file holds."""
+    found = describe(_existing(file))
+    if as_json:
+        print_json(found)
+        return
+    table = Table(show_header=False, box=None)
+    for name, value in found.items():
+        if name not in ("tensors", "config") and value is not None:
+            table.add_row(name, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
+    Console().print(table)
+    if tensors:
+        listing = Table(*found["tensors"][0])
+        for row in found["tensors"]:
+            listing.add_row(*(str(v) for v in row.values()))
+        Console().print(listing)
+
+
+def describe(file: Path) -> dict[str, Any]:
+    """What ``hypersam inspect`` tells of a checkpoint or artifact, ready for JSON."""
+    if is_artifact(file):
+        return compression.describe_artifact(file)
+    checkpoint = read_checkpoint(file)
+    detected = detect(checkpoint.tensors)
+    size = file.stat().st_size
+    return {
+        "kind": "checkpoint", "family": detected.family, "variant": detected.variant,
+        "candidates": list(detected.candidates), "parameters": checkpoint.parameters, "bytes": size,
+        "sha256": sha256_of(file), "container": checkpoint.container, "wrapper": checkpoint.wrapper,
+        "prefix": checkpoint.prefix, "config": detected.config.as_dict(),
+        "ratio": 1.0, "bits_per_weight": 8 * size / checkpoint.parameters,
+        "tensors": [{"name": k, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
+                    for k, t in checkpoint.tensors.items()],
+    }  # fmt: skip
+
+
+def run_segment(
+    model_file: Path, image_file: Path, points: list[str], box: str | None, out: Path | None,
+    multimask: bool, device: str, as_json: bool,
+) -> None:  # fmt: skip
+    """Segment one picture with one prompt; the best mask goes to ``out``."""
+    prompt = _prompt(points, box)
+    image = decode_image(_existing(image_file).read_bytes())
+    check_prompts([prompt], image.shape[1], image.shape[0])
+    model = load_model(_existing(model_file), device=device)
+    masks = predict(model, model.embed(image), [prompt], multimask=multimask)
+    best = masks[0]
+    if out is not None:
+        Image.fromarray(best.mask.astype(np.uint8) * 255).save(out, format="PNG")
+    answer = {
+        "model": str(model_file), "variant": model.variant, "width": image.shape[1], "height": image.shape[0],
+        "masks": [{"score": m.score, "bbox": list(m.bbox), "area": m.area} for m in masks],
+        "out": str(out) if out else None,
+    }  # fmt: skip
+    if as_json:
+        print_json(answer)
+        return
+    x, y, w, h = best.bbox
+    Console().print(f"score {best.score:.3f}, {best.area} pixels, box {x},{y} {w}x{h}" + (f": {out}" if out else ""))
+
+
+def run_eval(file: Path, objects: int, first_scene: int, against: Path | None, device: str, as_json: bool) -> None:
+    """Measure mean IoU with a progress bar, then print it by sort of object."""
+    from hypersam.evaluate import KINDS, evaluate
+
+    model = load_model(_existing(file), device=device)
+    other = load_model(_existing(against), device=device) if against else None
+    with Progress(TextColumn("objects"), BarColumn(), TimeRemainingColumn(), console=_screen,
+                  disable=as_json) as bar:  # fmt: skip
+        task = bar.add_task("objects", total=objects)
+        result = evaluate(
+            model, objects=objects, first_scene=first_scene, size=256, against=other,
+            progress=lambda n: bar.update(task, completed=n),
+        )  # fmt: skip
+    if as_json:
+        print_json(result.as_dict())
+        return
+    table = Table("objects", "number", *(f"mIoU {kind}" for kind in KINDS))
+    rows = {"all": result.miou, **{f"  {name}": scores for name, scores in result.by_sort.items()}}
+    if result.against and result.difference and result.agreement:
+        rows |= {
+            "other model": result.against,
+            "difference": result.difference,
+            "mask agreement": result.agreement,
+        }
+    for name, scores in rows.items():
+        cells = [f"{100 * scores[k].mean:.2f} ± {100 * scores[k].margin:.2f}" for k in KINDS]
+        table.add_row(name, str(scores["box"].objects), *cells)
+    Console().print(table)
+
+
+@contextmanager
+def _bar(hidden: bool) -> Iterator[Callable[[compression.Progress], None]]:
+    with Progress(TextColumn("{task.description:>10}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
+                  console=_screen, disable=hidden, transient=True) as bar:  # fmt: skip
+        task = bar.add_task("reading", total=None)
+        yield lambda p: bar.update(task, description=p.stage, completed=p.done, total=p.total)
+
+
+def _option(pair: str) -> tuple[str, Any]:
+    name, equals, value = pair.partition("=")
+    if not equals:
+        raise InvalidOption(f"--option takes name=value, not {pair!r}")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError as error:
+        raise InvalidOption(f"--option {name}: {value!r} is not JSON") from error
+
+
+def _prompt(points: list[str], box: str | None) -> Prompt:
+    clicks, labels = [], []
+    for text in points:
+        numbers = _numbers(text, "--point", (2, 3), "x,y or x,y,label")
+        clicks.append((numbers[0], numbers[1]))
+        label = numbers[2] if len(numbers) == 3 else 1.0
+        if label not in (0.0, 1.0):
+            raise PromptError(f"--point {text}: a label is 1 (inside) or 0 (outside)")
+        labels.append(int(label))
+    corners = None
+    if box is not None:
+        x0, y0, x1, y1 = _numbers(box, "--box", (4,), "x0,y0,x1,y1")
+        corners = (x0, y0, x1, y1)
+    return Prompt(points=tuple(clicks), labels=tuple(labels), box=corners)
+
+
+def _numbers(text: str, flag: str, counts: tuple[int, ...], form: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in counts:
+        raise PromptError(f"{flag} takes {form}, not {text!r}")
+    return numbers
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise NotACheckpoint(f"there is no file {path}")
+    return path

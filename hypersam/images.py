@@ -1,0 +1,81 @@
+"""Pictures in and masks out: decoding within limits, and the forms in which a mask travels."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pycocotools import mask as coco
+
+from hypersam.errors import ImageError, ImageTooLarge
+
+MAX_PIXELS = 64_000_000
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "MPO")
+
+
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """An encoded picture as RGB pixels (uint8, H x W x 3), turned as its EXIF orientation says.
+
+    The size is read from the header and held against ``max_pixels`` before a pixel is decoded. Transparent
+    pictures are laid on white, 16-bit ones scaled to 8, of animated ones the first frame is taken. Raises
+    ImageError or ImageTooLarge.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large pictures; the limit here is the service's own.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+                width, height = opened.size
+                if width * height > max_pixels:
+                    raise ImageTooLarge(f"the picture has {width} x {height} pixels; at most {max_pixels} are accepted")
+                return _rgb(ImageOps.exif_transpose(opened))
+    except ImageTooLarge:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(f"the picture is too large: {error}") from error
+    except UnidentifiedImageError as error:
+        names = ", ".join(_FORMATS[:-1])
+        raise ImageError(f"the file is no picture that can be read; accepted are {names}") from error
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        IndexError,
+        EOFError,
+        MemoryError,
+        TypeError,
+        KeyError,
+    ) as error:
+        # Pillow's decoders let all of these out when a file is cut short or damaged.
+        raise ImageError(f"the picture is truncated or damaged: {error}") from error
+
+
+def _rgb(image: Image.Image) -> NDArray[np.uint8]:
+    if image.mode.startswith("I") or image.mode == "F":
+        values = np.asarray(image, np.float64)
+        # 16-bit greys come as integers up to 65535; Pillow's own conversion would clip them to 255.
+        scaled = values / 257 if values.max(initial=0) > 255 else values
+        grey = np.clip(np.rint(np.nan_to_num(scaled)), 0, 255).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layered = image.convert("RGBA")
+        white = Image.new("RGBA", layered.size, "white")
+        image = Image.alpha_composite(white, layered)
+    return np.array(image.convert("RGB"))
+
+
+def to_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """A mask (H, W) as COCO's compressed run-length encoding: ``{"size": [H, W], "counts": "…"}``."""
+    encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+
+
+def to_png(mask: NDArray[np.bool_]) -> bytes:
+    """A mask (H, W) as a grey PNG, 255 inside and 0 outside."""
+    out = io.BytesIO()
+    Image.fromarray(mask.astype(np.uint8) * 255).save(out, format="PNG")
+    return out.getvalue()

@@ -1,0 +1,317 @@
+"""Compression jobs: what identifies one, how it is queued, watched, cancelled and forgotten.
+
+The service and the workers meet here. RQ holds the truth about a job's life; ``job.meta`` holds what the
+worker tells about its progress. Functions are named by strings, so that this module imports no worker.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Any
+
+from redis import Redis
+from redis.exceptions import LockError
+from rq import Queue, Retry
+from rq.exceptions import DuplicateJobError, InvalidJobOperation, NoSuchJobError
+from rq.job import Job, JobStatus
+from rq.serializers import JSONSerializer
+from rq.worker import Worker
+
+from hypersam.errors import NameTaken, Overloaded, Unavailable, UnknownJob
+from hypersam.settings import Settings
+from hypersam.store import ArtifactStore
+
+COMPRESS_QUEUE = "hypersam-compress"
+COMPRESS_FUNCTION = "workers.tasks.compress_checkpoint"
+_PREFIX = "hypersam:"
+_NAMES = _PREFIX + "names"  # hash: model name -> id of the job that claims it
+_INDEX = _PREFIX + "jobs"  # sorted set: job ids by the time they were asked for
+_LOCK = _PREFIX + "lock"
+_LOST = ("Work-horse terminated unexpectedly", "AbandonedJobError", "stuck in intermediate queue")
+
+
+class JobState(StrEnum):
+    """Where a job stands. The last three are final."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing more will happen."""
+        return self not in (JobState.QUEUED, JobState.RUNNING)
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One request to compress. Equal requests have equal keys, and so are one job."""
+
+    name: str
+    source_sha256: str
+    codec: str
+    codec_version: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    variant: str | None = None
+
+    @property
+    def key(self) -> str:
+        """32 hexadecimal digits from everything that decides about the result: the id of the job."""
+        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@dataclass(frozen=True)
+class JobView:
+    """What can be told about a job. Times are ISO 8601 in UTC, ``eta_s`` is seconds."""
+
+    id: str
+    state: JobState
+    name: str
+    codec: str
+    source_sha256: str
+    progress: float
+    stage: str
+    eta_s: float | None
+    attempt: int
+    result: Mapping[str, Any] | None
+    error: Mapping[str, str] | None
+    created_at: str | None
+    started_at: str | None
+    ended_at: str | None
+    sequence: int  # grows with every report of the worker
+
+    @property
+    def version(self) -> str:
+        """Differs whenever something that a watcher wants to know has changed."""
+        return f"{self.attempt}-{self.sequence}-{self.state}"
+
+
+_STATES = {
+    JobStatus.STARTED: JobState.RUNNING,
+    JobStatus.FINISHED: JobState.SUCCEEDED,
+    JobStatus.FAILED: JobState.FAILED,
+    JobStatus.STOPPED: JobState.CANCELLED,
+    JobStatus.CANCELED: JobState.CANCELLED,
+}
+
+
+def connect(settings: Settings) -> Redis:
+    """Return a client for the Redis of these settings. Nothing is sent yet."""
+    if settings.redis_url is None:
+        raise Unavailable("no Redis: give HYPERSAM_REDIS_URL, or run `hypersam serve`, which starts one")
+    client: Redis = Redis.from_url(
+        settings.redis_url, socket_connect_timeout=2, socket_timeout=10, health_check_interval=30
+    )
+    return client
+
+
+class JobBoard:
+    """Submit, watch and cancel jobs. Blocks on Redis and the disk: call it from a thread."""
+
+    def __init__(self, connection: Redis, store: ArtifactStore, settings: Settings) -> None:
+        self.connection = connection
+        self.store = store
+        self.settings = settings
+        self.queue = Queue(COMPRESS_QUEUE, connection=connection, serializer=JSONSerializer)
+
+    def submit(self, spec: JobSpec, take_upload: Callable[[], object]) -> JobView:
+        """Queue ``spec`` unless it is queued, running or done already; return the job either way.
+
+        ``take_upload`` is called before a new job is queued and puts the upload where the worker looks for
+        it. Raises ``NameTaken`` when the name stands for, or is claimed by, another request.
+        """
+        with self._exclusive():
+            record = self.store.find(spec.name)
+            if record is not None and record.request != spec.key:
+                raise NameTaken(
+                    f"the name {spec.name!r} belongs to a model made from other content or with other "
+                    "options; delete that model or choose another name"
+                )
+            claim: Any = self.connection.hget(_NAMES, spec.name)
+            if claim is not None and claim.decode() != spec.key and self._active(claim.decode()):
+                raise NameTaken(f"job {claim.decode()} is making another model of the name {spec.name!r}")
+            job = self._fetch(spec.key)
+            if job is not None:
+                view = self._view(job)
+                if not view.state.final or (view.state is JobState.SUCCEEDED and record is not None):
+                    return view
+                job.delete()
+            if self.queue.count >= self.settings.max_waiting_jobs:
+                raise Overloaded(f"{self.queue.count} jobs wait already; try again later")
+            take_upload()
+            self.connection.delete(self._cancel_key(spec.key))
+            self.connection.hset(_NAMES, spec.name, spec.key)
+            self.connection.sadd(self._users_key(spec.source_sha256), spec.key)
+            try:
+                job = self.queue.enqueue(
+                    COMPRESS_FUNCTION,
+                    args=(asdict(spec),),
+                    job_id=spec.key,
+                    unique=True,
+                    description=f"compress {spec.name}",
+                    job_timeout=self.settings.job_timeout,
+                    result_ttl=self.settings.job_retention,
+                    failure_ttl=self.settings.job_retention,
+                    retry=Retry(max=self.settings.job_retries) if self.settings.job_retries else None,
+                    meta={"spec": asdict(spec)},
+                )
+            except DuplicateJobError:  # only after the lock ran out in a very slow moment
+                job = Job.fetch(spec.key, connection=self.connection, serializer=JSONSerializer)
+            assert job.created_at is not None
+            self.connection.zadd(_INDEX, {spec.key: job.created_at.timestamp()})
+            return self._view(job)
+
+    def get(self, job_id: str) -> JobView:
+        """Return one job, or raise ``UnknownJob``."""
+        job = self._fetch(job_id)
+        if job is None:
+            raise UnknownJob(f"no job has the id {job_id[:64]!r}")
+        return self._view(job)
+
+    def list(self, limit: int = 100) -> list[JobView]:
+        """Return the newest jobs that are still known, newest first."""
+        entries: Any = self.connection.zrevrange(_INDEX, 0, max(limit, 1) - 1)
+        ids = [entry.decode() for entry in entries]
+        jobs = Job.fetch_many(ids, connection=self.connection, serializer=JSONSerializer)
+        gone = [job_id for job_id, job in zip(ids, jobs, strict=True) if job is None]
+        if gone:
+            self.connection.zrem(_INDEX, *gone)
+        return [self._view(job) for job in jobs if job is not None]
+
+    def cancel(self, job_id: str) -> JobView | None:
+        """Cancel an active job and return it; forget one that has ended and return None."""
+        job = self._fetch(job_id)
+        if job is None:
+            raise UnknownJob(f"no job has the id {job_id[:64]!r}")
+        state = self._view(job).state
+        if state.final:
+            job.delete()
+            self.connection.zrem(_INDEX, job_id)
+            return None
+        # The flag also stops a job that a worker takes up in this very moment.
+        self.connection.set(self._cancel_key(job_id), 1, ex=self.settings.job_timeout)
+        if state is JobState.QUEUED:
+            with contextlib.suppress(InvalidJobOperation):
+                job.cancel()
+            self.release(JobSpec(**job.args[0]))
+        view = self.get(job_id)
+        return view if view.state.final else replace(view, stage="cancelling")
+
+    def cancel_requested(self, job_id: str) -> bool:
+        """Whether somebody wants the job to stop."""
+        return bool(self.connection.exists(self._cancel_key(job_id)))
+
+    def release(self, spec: JobSpec) -> None:
+        """Say that a job is through with its upload, which goes unless another job wants it."""
+        if self.settings.keep_uploads:
+            return
+        with self._exclusive():
+            users = self._users_key(spec.source_sha256)
+            self.connection.srem(users, spec.key)
+            members: Any = self.connection.smembers(users)
+            if not any(self._active(member.decode()) for member in members):
+                self.connection.delete(users)
+                self.store.remove_upload(spec.source_sha256)
+
+    def waiting(self) -> int:
+        """How many jobs are queued."""
+        return int(self.queue.count)
+
+    def workers(self) -> int:
+        """How many workers listen to the queue and have given a sign of life lately."""
+        silence = 3 * self.settings.worker_heartbeat + 5
+        count = 0
+        for worker in Worker.all(queue=self.queue, serializer=JSONSerializer):
+            beat = worker.last_heartbeat
+            if beat is not None and beat.tzinfo is None:
+                beat = beat.replace(tzinfo=UTC)
+            if beat is not None and (datetime.now(UTC) - beat).total_seconds() < silence:
+                count += 1
+        return count
+
+    def _fetch(self, job_id: str) -> Job | None:
+        try:
+            return Job.fetch(job_id, connection=self.connection, serializer=JSONSerializer)
+        except (NoSuchJobError, ValueError, TypeError):
+            return None
+
+    def _active(self, job_id: str) -> bool:
+        job = self._fetch(job_id)
+        return job is not None and not self._view(job).state.final
+
+    def _view(self, job: Job) -> JobView:
+        meta = job.meta
+        state = _STATES.get(job.get_status(refresh=False), JobState.QUEUED)
+        error: Mapping[str, str] | None = None
+        if state is JobState.FAILED:
+            error = meta.get("error") or _unexplained(job)
+            if error.get("code") == "cancelled":
+                state = JobState.CANCELLED
+        if state is JobState.CANCELLED:
+            error = {"code": "cancelled", "message": "the job was cancelled"}
+        running = state is JobState.RUNNING
+        spec = meta.get("spec", {})
+        told = float(meta.get("progress", 0.0))
+        progress = {JobState.SUCCEEDED: 1.0, JobState.QUEUED: 0.0}.get(state, told)
+        return JobView(
+            id=job.id,
+            state=state,
+            name=spec.get("name", ""),
+            codec=spec.get("codec", ""),
+            source_sha256=spec.get("source_sha256", ""),
+            progress=progress,
+            stage=meta.get("stage", "starting") if running else str(state),
+            eta_s=meta.get("eta_s") if running else None,
+            attempt=int(meta.get("attempt", 0)),
+            result=job.return_value() if state is JobState.SUCCEEDED else None,
+            error=error,
+            created_at=_iso(job.created_at),
+            started_at=_iso(job.started_at),
+            ended_at=_iso(job.ended_at),
+            sequence=int(meta.get("sequence", 0)),
+        )
+
+    @contextlib.contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """One process at a time decides about names, jobs and uploads."""
+        lock = self.connection.lock(_LOCK, timeout=60, blocking_timeout=30)
+        if not lock.acquire():
+            raise Unavailable("the queue is busy; try again")
+        try:
+            yield
+        finally:
+            with contextlib.suppress(LockError):
+                lock.release()
+
+    @staticmethod
+    def _cancel_key(job_id: str) -> str:
+        return f"{_PREFIX}cancel:{job_id}"
+
+    @staticmethod
+    def _users_key(digest: str) -> str:
+        return f"{_PREFIX}upload:{digest}"
+
+
+def _iso(moment: Any) -> str | None:
+    return None if moment is None else moment.isoformat(timespec="milliseconds")
+
+
+def _unexplained(job: Job) -> Mapping[str, str]:
+    """Describe a failure about which the job itself could say nothing."""
+    result = job.latest_result()
+    text = (result.exc_string if result is not None else None) or ""
+    if any(sign in text for sign in _LOST):
+        return {
+            "code": "worker_lost",
+            "message": "the worker died while it ran the job, each time it was tried",
+        }
+    return {"code": "internal_error", "message": "the job failed for a reason that is in the worker's log"}

@@ -1,0 +1,109 @@
+"""From a file to a model that answers: artifacts into compressed layers, checkpoints into dense ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hypersam.checkpoint import read_checkpoint
+from hypersam.errors import ArtifactError, NotACheckpoint, artifact_errors
+from hypersam.sam.detect import detect
+from hypersam.sam.families.sam_vit import SamViT, SamViTConfig
+from hypersam.sam.model import SamModel
+from hypersam.sam.predictor import SamPredictor
+from kernels.artifact import Artifact, open_artifact
+from kernels.codec import BirkhoffTensor, decode
+from kernels.hyperlinear import HyperLinear
+
+
+def load(path: Path | str, *, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32) -> SamPredictor:
+    """A predictor for a compressed model (``.hsam``) or an ordinary checkpoint.
+
+    ``device``: ``auto`` is CUDA where there is one, else the CPU. ``dtype`` is that of the image encoder.
+    Raises ArtifactError or CheckpointError.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise NotACheckpoint(f"there is no file {path}")
+    return SamPredictor(load_model(path, device=device, dtype=dtype))
+
+
+def load_model(path: Path, *, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32) -> SamModel:
+    """The same, as a SamModel."""
+    place = resolve_device(device)
+    if is_artifact(path):
+        # Every stream is checked as it is read, so the file is read once.
+        with artifact_errors(), open_artifact(path, verify=False) as artifact:
+            return _from_artifact(artifact, place, dtype)
+    checkpoint = read_checkpoint(path)
+    detected = detect(checkpoint.tensors)
+    with torch.device("meta"):
+        network = SamViT(detected.config)
+    # A copy, so that the model does not hang on the mapped file, and fp16 checkpoints compute in fp32.
+    state = {key: value.to(torch.float32, copy=True) for key, value in checkpoint.tensors.items()}
+    network.load_state_dict(state, strict=True, assign=True)
+    return _placed(network, detected.variant, place, dtype)
+
+
+def is_artifact(path: Path) -> bool:
+    """Whether the file says of itself that it is a compressed model (its first block names the format)."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        head = file.read(min(length, 1 << 16))
+    return b'"__metadata__"' in head and b'"hypersam"' in head
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """``auto`` to CUDA where there is one, else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+def _from_artifact(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> SamModel:
+    """Build on the meta device and fill: a coded linear layer goes from its stream straight to indices."""
+    model = artifact.model
+    if model.get("family") != "sam_vit":
+        raise ArtifactError(f"the artifact holds a model of family {model.get('family')!r}; sam_vit is known here")
+    try:
+        config = SamViTConfig.from_dict(model["config"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"the artifact's model configuration is unusable: {error}") from error
+    with torch.device("meta"):
+        network = SamViT(config)
+    linears = {f"{name}.weight": name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
+    names = set(artifact.names())
+    if names != (expected := set(network.state_dict())):
+        odd = sorted(names ^ expected)
+        raise ArtifactError(f"the artifact's tensors are not those of its model: {', '.join(odd[:5])}")
+    state: dict[str, Tensor] = {}
+    coded: dict[str, BirkhoffTensor] = {}
+    for key in artifact.names():
+        encoded = artifact.encoded(key)
+        if key in linears and isinstance(encoded, BirkhoffTensor):
+            coded[key] = encoded
+        else:
+            state[key] = decode(encoded).float()
+    for key, encoded in coded.items():
+        name = linears[key]
+        parent, _, child = name.rpartition(".")
+        layer = HyperLinear.from_encoded(encoded, state.pop(f"{name}.bias", None))
+        setattr(network.get_submodule(parent), child, layer)
+    missing, unexpected = network.load_state_dict(state, strict=False, assign=True)
+    left = [k for k in missing if not _inside_hyperlinear(network, k)]
+    if left or unexpected:
+        raise ArtifactError(f"the artifact does not fill its model: {', '.join([*left, *unexpected][:5])}")
+    return _placed(network, str(model.get("variant", "sam_vit")), device, dtype)
+
+
+def _inside_hyperlinear(network: nn.Module, key: str) -> bool:
+    return isinstance(network.get_submodule(key.rpartition(".")[0]), HyperLinear)
+
+
+def _placed(network: SamViT, variant: str, device: torch.device, dtype: torch.dtype) -> SamModel:
+    network.to(device)
+    if dtype != torch.float32:
+        network.image_encoder.to(dtype)
+    return SamModel(network, variant=variant, device=device, dtype=dtype)

@@ -1,0 +1,66 @@
+"""Every setting of the service, the workers and the engine, in one frozen class.
+
+Values come from keyword arguments, else from the environment (``HYPERSAM_DATA_DIR``, ``HYPERSAM_PORT`` …),
+else from the defaults below. Nothing else in the project reads the environment.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+PREFIX = "HYPERSAM_"
+MIB = 1 << 20
+GIB = 1 << 30
+DAY = 24 * 3600
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+
+
+class Settings(BaseSettings):
+    """What an operator can choose. Sizes are bytes, times are seconds."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    data_dir: Path = Field(Path("hypersam-data"), description="uploads, artifacts, models, Redis's file")
+    redis_url: str | None = Field(None, description="redis://…, rediss://… or unix://…; none: start one")
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    workers: int = Field(1, ge=0, description="worker processes that `hypersam serve` keeps running")
+
+    max_upload_bytes: PositiveInt = 8 * GIB
+    max_image_bytes: PositiveInt = 64 * MIB
+    max_image_pixels: PositiveInt = 64_000_000
+    max_prompts: PositiveInt = 64
+    max_points: PositiveInt = Field(1024, description="points of one prompt")
+    max_waiting_jobs: PositiveInt = Field(1000, description="queued jobs before POST /compress answers 503")
+
+    embedding_cache_bytes: int = Field(512 * MIB, ge=0)
+    resident_bytes: PositiveInt = Field(4 * GIB, description="what all models in memory may hold together")
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the image encoder")
+    max_waiting: PositiveInt = Field(64, description="waiting /segment requests before the next gets 503")
+
+    job_timeout: PositiveInt = 6 * 3600
+    job_retention: PositiveInt = Field(7 * DAY, description="how long a finished job can be asked for")
+    job_retries: int = Field(2, ge=0, description="new tries after a worker was lost")
+    worker_heartbeat: PositiveInt = Field(10, description="a job is lost after three of these in silence")
+    keep_uploads: bool = False
+    upload_retention: PositiveInt = Field(DAY, description="age at which an upload that no job wants goes")
+    url_sources: tuple[str, ...] = Field((), description="prefixes of the URLs that workers may download")
+
+    default_model: Name = "small_sam"
+    log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"
+
+    def environment(self) -> dict[str, str]:
+        """Return the variables from which a child process makes an equal ``Settings()``."""
+        values: dict[str, str] = {}
+        for name, value in self.model_dump(mode="json", exclude_none=True).items():
+            values[PREFIX + name.upper()] = value if isinstance(value, str) else json.dumps(value)
+        values[PREFIX + "DATA_DIR"] = str(self.data_dir.absolute())
+        return values

@@ -1,0 +1,360 @@
+"""A compressed model as one safetensors file: written deterministically, read lazily, checked by sha256.
+
+The format is on one screen in this room's README. The file is laid out here and not by ``safetensors``'s
+writer, whose metadata comes out in no fixed order and which needs all streams in memory at once; it is read
+through ``safetensors.safe_open``, which maps the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+import struct
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from kernels.codec import BirkhoffTensor, Encoded, RawTensor, decode
+from kernels.errors import ArtifactCorrupt, ArtifactError, ArtifactVersion
+
+FORMAT = "hypersam"
+FORMAT_VERSION = "1"
+
+# Names of dtypes in safetensors' header and in ours.
+_DTYPE_NAMES: dict[torch.dtype, str] = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_MAX_PREFIX = 100_000_000
+_HASH_STEP = 1 << 24
+
+
+@dataclass(frozen=True)
+class TensorRecord:
+    """What the header says of one tensor. ``dtype`` and ``shape`` are the source's; ``constants`` are the
+    codec's, empty for a raw tensor; ``sha256`` is of the stream's bytes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    encoding: str
+    sha256: str
+    constants: Mapping[str, Any]
+
+
+# --- writing ---------------------------------------------------------------------------------------------
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, Encoded],
+    *,
+    codec: Mapping[str, Any],
+    model: Mapping[str, Any],
+    source: Mapping[str, Any],
+    report: Mapping[str, Any],
+) -> None:
+    """Write an artifact: under a temporary name beside ``path``, then synced and renamed over it.
+
+    The four mappings go into the header as they are and must be JSON. The same arguments give the same bytes.
+    No stream is copied, but one at a time where a tensor is not contiguous or not on the CPU. Raises
+    ArtifactError for a tensor or header value that the format cannot hold, OSError when the disk refuses.
+    """
+    streams: dict[str, Tensor] = {}
+    records: list[dict[str, Any]] = []
+    for name in sorted(tensors):
+        if not name or name == "__metadata__":
+            raise ArtifactError(f"a tensor cannot be named {name!r}")
+        streams[name], record = _record(name, tensors[name])
+        records.append(record)
+    header = _canonical(
+        {"codec": codec, "model": model, "source": source, "report": report, "tensors": records}
+    )
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "header": header,
+        "header_sha256": hashlib.sha256(header.encode()).hexdigest(),
+    }
+    # Widest elements first, as safetensors has it, so that every tensor is aligned in the mapped file.
+    order = sorted(streams, key=lambda name: (-streams[name].element_size(), name))
+    prefix = _prefix(streams, order, metadata)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
+    try:
+        with temporary.open("xb") as file:
+            file.write(prefix)
+            for name in order:
+                for piece in _pieces(streams[name]):
+                    file.write(piece)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_folder(path.parent)
+
+
+def _record(name: str, encoded: Encoded) -> tuple[Tensor, dict[str, Any]]:
+    """The stream of a tensor and its record in the header."""
+    if isinstance(encoded, RawTensor):
+        stream = encoded.tensor.detach()
+        if stream.dtype not in _DTYPE_NAMES or stream.layout != torch.strided:
+            raise ArtifactError(f"{name}: the format has no {stream.layout} tensors of {stream.dtype}")
+        shape, dtype = tuple(stream.shape), stream.dtype
+        record: dict[str, Any] = {"encoding": "raw"}
+    else:
+        e = encoded
+        stream, shape, dtype = e.indices, e.shape, e.dtype
+        record = {
+            "encoding": "birkhoff", "by_row": e.by_row, "centre": list(e.centre), "radius": e.radius,
+            "side": e.side, "nodes": e.nodes, "classes": e.classes, "bits": e.bits, "mean_error": e.mean_error,
+        }  # fmt: skip
+    record |= {"name": name, "shape": list(shape), "dtype": _DTYPE_NAMES[dtype], "sha256": _sha256(stream)}
+    return stream, record
+
+
+def _canonical(header: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"the header must be JSON without NaN or infinity: {error}") from error
+
+
+def _prefix(streams: Mapping[str, Tensor], order: list[str], metadata: Mapping[str, str]) -> bytes:
+    """All that stands before the first stream: the length and safetensors' own JSON, padded to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name in order:
+        start, end = end, end + streams[name].nbytes
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[streams[name].dtype],
+            "shape": list(streams[name].shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > _MAX_PREFIX:
+        raise ArtifactError(f"the header takes {len(text)} bytes; safetensors reads {_MAX_PREFIX} at most")
+    return struct.pack("<Q", len(text)) + text
+
+
+def _pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a tensor in pieces, without a copy where it is contiguous and on the CPU."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    for start in range(0, data.size, _HASH_STEP):
+        yield memoryview(data[start : start + _HASH_STEP])
+
+
+def _sha256(tensor: Tensor) -> str:
+    digest = hashlib.sha256()
+    for piece in _pieces(tensor):
+        digest.update(piece)
+    return digest.hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename in ``folder`` last; file systems that cannot sync folders are left alone."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# --- reading ---------------------------------------------------------------------------------------------
+
+
+def open_artifact(path: Path, *, verify: bool = True) -> Artifact:
+    """Open an artifact. ``verify``: check all streams now; else each when it is first read.
+
+    Raises ArtifactError for a file that is none, ArtifactVersion for another version of the format,
+    ArtifactCorrupt for a damaged one, FileNotFoundError and other OSErrors as they come.
+    """
+    artifact = Artifact(Path(path))
+    if verify:
+        try:
+            artifact.verify()
+        except BaseException:
+            artifact.close()
+            raise
+    return artifact
+
+
+class Artifact:
+    """An open artifact; a context manager. Use ``open_artifact``.
+
+    ``codec``, ``model``, ``source``, ``report``: the header's own mappings. ``records``: one a tensor, in order
+    of names. Streams are mapped and read when asked for.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        header = _read_header(path)
+        try:
+            self.codec: dict[str, Any] = dict(header["codec"])
+            self.model: dict[str, Any] = dict(header["model"])
+            self.source: dict[str, Any] = dict(header["source"])
+            self.report: dict[str, Any] = dict(header["report"])
+            self.records = tuple(_parse_record(record) for record in header["tensors"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactCorrupt(f"{path.name}: the header lacks or misstates {error}") from error
+        self._by_name = {record.name: record for record in self.records}
+        self._verified: set[str] = set()
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+            stored = set(self._file.keys())
+        except SafetensorError as error:
+            raise ArtifactCorrupt(f"{path.name}: {error}") from error
+        if len(self._by_name) != len(self.records):
+            self.close()
+            raise ArtifactCorrupt(f"{path.name}: the header names a tensor twice")
+        if stored != set(self._by_name):
+            self.close()
+            name = min(stored ^ set(self._by_name))
+            where = "has no stream in the file" if name in self._by_name else "is not in the header"
+            raise ArtifactCorrupt(f"{path.name}: tensor {name!r} {where}")
+
+    def names(self) -> tuple[str, ...]:
+        """The names of the tensors, sorted."""
+        return tuple(record.name for record in self.records)
+
+    def encoded(self, name: str) -> Encoded:
+        """One tensor as it is stored, read from the mapped file and checked when it is first asked for.
+
+        Raises KeyError for an unknown name, ArtifactCorrupt, naming the tensor, for a damaged one.
+        """
+        record = self._by_name[name]
+        try:
+            stream: Tensor = self._file.get_tensor(name)
+        except SafetensorError as error:
+            raise ArtifactCorrupt(f"{name}: {error}") from error
+        if name not in self._verified:
+            if _sha256(stream) != record.sha256:
+                raise ArtifactCorrupt(f"{name}: the checksum of its stream does not match the header")
+            self._verified.add(name)
+        if record.encoding == "raw":
+            if stream.dtype != record.dtype or tuple(stream.shape) != record.shape:
+                raise ArtifactCorrupt(f"{name}: its stream has another shape or dtype than the header says")
+            return RawTensor(stream)
+        try:
+            return BirkhoffTensor(
+                shape=record.shape, dtype=record.dtype, indices=stream, **_birkhoff_constants(record.constants)
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise ArtifactCorrupt(f"{name}: {error}") from error
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All tensors, dense, in the source's shapes and dtypes: bit for bit ``decode`` of each.
+
+        They share no memory with the file. Raises ArtifactCorrupt, naming the tensor.
+        """
+        state = {}
+        for name in self.names():
+            encoded = self.encoded(name)
+            try:
+                state[name] = decode(encoded)
+            except ArtifactCorrupt as error:
+                raise ArtifactCorrupt(f"{name}: {error}") from error
+        return state
+
+    def verify(self) -> None:
+        """Check every stream against its checksum and its record. Raises ArtifactCorrupt, naming the tensor."""
+        for name in self.names():
+            self.encoded(name)
+
+    def close(self) -> None:
+        """Let go of the file. Tensors already given out stay valid."""
+        self._file.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """The checked header of the file at ``path``; reads the prefix alone."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        entries = _read_prefix(file, size, path.name)
+    metadata = entries.get("__metadata__")
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise ArtifactError(f"{path.name} is a safetensors file, but no compressed model of {FORMAT}")
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION:
+        raise ArtifactVersion(
+            f"{path.name} is of format version {version}; this release reads version {FORMAT_VERSION}"
+        )
+    text = metadata.get("header")
+    if not isinstance(text, str) or hashlib.sha256(text.encode()).hexdigest() != metadata.get("header_sha256"):
+        raise ArtifactCorrupt(f"{path.name}: the checksum of the header does not match")
+    try:
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactCorrupt(f"{path.name}: the header is no JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise ArtifactCorrupt(f"{path.name}: the header is no JSON object")
+    return header
+
+
+def _read_prefix(file: BinaryIO, size: int, name: str) -> dict[str, Any]:
+    """Safetensors' own JSON; tells a file that is no safetensors from one that was cut off."""
+    start = file.read(8)
+    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+    opening = file.read(1)
+    if not 2 <= length <= _MAX_PREFIX or opening != b"{":
+        raise ArtifactError(f"{name} is no safetensors file, so no compressed model")
+    text = opening + file.read(length - 1)
+    if len(text) < length:
+        raise ArtifactCorrupt(f"{name} is cut off within its header: {size} of {8 + length} bytes")
+    try:
+        entries = json.loads(text)
+        end = max((entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"), default=0)
+        expected = 8 + length + int(end)
+    except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ArtifactError(f"{name} is no safetensors file, so no compressed model: {error}") from error
+    if size != expected:
+        raise ArtifactCorrupt(f"{name} has {size} bytes, but its header says {expected}; it was cut off or appended to")
+    return dict(entries)
+
+
+def _parse_record(record: Mapping[str, Any]) -> TensorRecord:
+    encoding = record["encoding"]
+    if encoding not in ("raw", "birkhoff"):
+        raise ArtifactVersion(f"{record['name']}: this release does not read the encoding {encoding!r}")
+    shape = tuple(record["shape"])
+    if not all(isinstance(size, int) and size >= 0 for size in shape):
+        raise ValueError(f"the shape of {record['name']}")
+    known = ("name", "shape", "dtype", "encoding", "sha256")
+    constants = {key: value for key, value in record.items() if key not in known}
+    return TensorRecord(str(record["name"]), shape, _DTYPES[record["dtype"]], encoding, str(record["sha256"]), constants)
+
+
+def _birkhoff_constants(constants: Mapping[str, Any]) -> dict[str, Any]:
+    """The constants with their types made sure of. Raises KeyError, TypeError or ValueError."""
+    x, y = constants["centre"]
+    by_row = constants["by_row"]
+    whole = {key: constants[key] for key in ("nodes", "classes", "bits")}
+    if not isinstance(by_row, bool) or not all(isinstance(value, int) for value in whole.values()):
+        raise ValueError("by_row must be a bool, and nodes, classes and bits whole numbers")
+    real = {key: float(constants[key]) for key in ("radius", "side", "mean_error")}
+    return {"by_row": by_row, "centre": (float(x), float(y)), **whole, **real}

@@ -1,0 +1,152 @@
+"""What goes into the ``birkhoff`` codec and what comes out of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.codec.packing import MAX_BITS, stream_bytes
+
+#: An index must fit the int16 that layers keep in memory.
+MAX_INDICES = 1 << 15
+
+#: Source types that are coded; everything else is kept as it is.
+CODED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def _is_square(nodes: int) -> bool:
+    return nodes >= 1 and math.isqrt(nodes) ** 2 == nodes
+
+
+@dataclass(frozen=True)
+class BirkhoffConfig:
+    """Options of the codec; the defaults are the published ones.
+
+    ``side``: l, the side of the square about the centre, in units of the weights. ``nodes``: the node counts
+    U that are tried in turn, squares of whole numbers. ``max_classes``: K_max, the most outer classes.
+    ``target_error``: mean absolute error that ends the search. ``raw_above``: mean absolute error over which
+    a tensor is stored as it is. ``min_elements``: tensors of fewer elements are stored as they are.
+
+    Raises ValueError, naming the option, for a value outside its range.
+    """
+
+    side: float = 0.1
+    nodes: tuple[int, ...] = (1225, 1600)
+    max_classes: int = 3
+    target_error: float = 0.001
+    raw_above: float = 0.006
+    min_elements: int = 10
+
+    def __post_init__(self) -> None:
+        for name in ("side", "target_error", "raw_above"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"{name} must be a number, not {value!r}")
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name} must be a finite number over 0, not {value!r}")
+        if not 1e-30 <= self.side <= 1e30:
+            raise ValueError(f"side must be from 1e-30 to 1e30, not {self.side!r}")
+        for name in ("max_classes", "min_elements"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
+        object.__setattr__(self, "nodes", tuple(self.nodes))
+        if not self.nodes:
+            raise ValueError("nodes must name at least one node count")
+        for count in self.nodes:
+            if isinstance(count, bool) or not isinstance(count, int) or not _is_square(count):
+                raise ValueError(f"nodes must be squares of whole numbers, not {count!r}")
+            if count * (self.max_classes + 1) > MAX_INDICES:
+                raise ValueError(
+                    f"nodes × (max_classes + 1) must be at most {MAX_INDICES}, not {count} × {self.max_classes + 1}"
+                )
+
+
+@dataclass(frozen=True, eq=False)
+class BirkhoffTensor:
+    """A tensor as indices of the winding's nodes, with the constants that give the nodes their places.
+
+    ``shape``, ``dtype``: the source's. ``by_row``: whether the points are neighbours along the rows of a
+    matrix, else of the flattened tensor. ``centre``: c, exact in fp32. ``radius``: R, in units of the weights.
+    ``side``: l. ``nodes``: U. ``classes``: K. ``bits``: of one index in ``indices``, a packed uint8 tensor on
+    the CPU (least significant bit first). ``mean_error``: mean absolute error of all coordinates of the
+    points, padding counted.
+
+    Raises ValueError where the constants do not agree with each other or with the stream's length.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    by_row: bool
+    centre: tuple[float, float]
+    radius: float
+    side: float
+    nodes: int
+    classes: int
+    bits: int
+    indices: Tensor
+    mean_error: float
+
+    def __post_init__(self) -> None:
+        if any(size < 1 for size in self.shape):
+            raise ValueError(f"a coded tensor has no empty dimension, but shape is {self.shape}")
+        if self.by_row and len(self.shape) != 2:
+            raise ValueError(f"coding by row needs a matrix, but shape is {self.shape}")
+        if self.dtype not in CODED_DTYPES:
+            raise ValueError(f"the dtype of a coded tensor is a floating one, not {self.dtype}")
+        numbers = (*self.centre, self.radius, self.side, self.mean_error)
+        if len(self.centre) != 2 or not all(math.isfinite(number) for number in numbers):
+            raise ValueError("centre, radius, side and mean_error must be finite, and centre a pair")
+        if self.side <= 0 or self.radius < 0 or self.mean_error < 0:
+            raise ValueError("side must be over 0, radius and mean_error at least 0")
+        if not _is_square(self.nodes) or self.classes < 0:
+            raise ValueError(f"nodes must be a square and classes at least 0, not {self.nodes} and {self.classes}")
+        if self.table_size > MAX_INDICES:
+            raise ValueError(f"nodes × (classes + 1) must be at most {MAX_INDICES}, not {self.table_size}")
+        if not 0 <= self.bits <= MAX_BITS:
+            raise ValueError(f"bits must be from 0 to {MAX_BITS}, not {self.bits}")
+        if self.indices.dtype != torch.uint8 or self.indices.dim() != 1:
+            raise ValueError("the stream of indices must be a uint8 vector")
+        expected = stream_bytes(self.count, self.bits)
+        if self.indices.numel() != expected:
+            raise ValueError(
+                f"{self.count} indices of {self.bits} bits take {expected} bytes, not {self.indices.numel()}"
+            )
+
+    @property
+    def table_size(self) -> int:
+        """Number of pairs that an index can name: (K + 1)·U."""
+        return (self.classes + 1) * self.nodes
+
+    @property
+    def rows(self) -> int:
+        """Number of rows of points."""
+        return self.shape[0] if self.by_row else 1
+
+    @property
+    def columns(self) -> int:
+        """Number of weights in a row, padding not counted."""
+        return self.shape[1] if self.by_row else math.prod(self.shape)
+
+    @property
+    def points_per_row(self) -> int:
+        """Number of points in a row: half the columns, rounded up."""
+        return (self.columns + 1) // 2
+
+    @property
+    def count(self) -> int:
+        """Number of points, and of indices, in all."""
+        return self.rows * self.points_per_row
+
+
+@dataclass(frozen=True, eq=False)
+class RawTensor:
+    """A tensor stored as it is."""
+
+    tensor: Tensor
+
+
+Encoded = BirkhoffTensor | RawTensor

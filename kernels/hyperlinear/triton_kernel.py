@@ -1,0 +1,131 @@
+"""The product in one pass on a GPU: a tile of indices is decoded in registers and multiplied at once.
+
+Each index fetches its pair of weights from the layer's table: at most 51 kB with the published options, so it
+stays in the caches. The closed form of a node would spare the fetch, but only float64 arithmetic gives the
+same bits as the codec's decoding, and that is slow on most GPUs; the table gives them by construction.
+
+A pair holds the weights of columns 2p and 2p + 1, so a tile is multiplied as two products, of the even columns
+and of the odd ones, with no shuffling of decoded weights between threads.
+
+The sizes and strides of a layer are run-time arguments, on whose values nothing is specialised: one compiled kernel
+a dtype and a size class of x serves all layers. Also runs in Triton's interpreter (TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: The dtypes of x that the kernel multiplies.
+SUPPORTED = (torch.float32, torch.float16, torch.bfloat16)
+
+_RUN_TIME = (
+    "rows", "out_features", "in_features", "points",
+    "x_row_stride", "x_column_stride", "index_row_stride", "out_row_stride", "has_bias",
+)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_RUN_TIME)  # type: ignore[untyped-decorator]
+def _linear_kernel(  # type: ignore[no-untyped-def]
+    x,
+    indices,
+    pairs,
+    bias,
+    out,
+    rows,
+    out_features,
+    in_features,
+    points,
+    x_row_stride,
+    x_column_stride,
+    index_row_stride,
+    out_row_stride,
+    has_bias,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_POINTS: tl.constexpr,
+):
+    """One tile of the output, BLOCK_ROWS × BLOCK_OUT, over all columns."""
+    tile = tl.program_id(0)
+    row_tiles = tl.cdiv(rows, BLOCK_ROWS)
+    # 64-bit offsets: rows × columns passes 2^31 for large batches.
+    row = (tile % row_tiles).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = (tile // row_tiles).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row_in = row < rows
+    column_in = column < out_features
+    x_rows = x + row[:, None] * x_row_stride
+    index_rows = indices + column[None, :] * index_row_stride
+    total = tl.zeros((BLOCK_ROWS, BLOCK_OUT), dtype=tl.float32)
+    for first in range(0, points, BLOCK_POINTS):
+        point = first + tl.arange(0, BLOCK_POINTS)
+        point_in = point < points
+        index = tl.load(index_rows + point[:, None], mask=point_in[:, None] & column_in[None, :], other=0)
+        pair = tl.load(pairs + index)
+        even = pair.to(tl.int32).to(tl.float32, bitcast=True)
+        odd = (pair >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        column_even = (2 * point).to(tl.int64)
+        x_even = tl.load(
+            x_rows + column_even[None, :] * x_column_stride,
+            mask=row_in[:, None] & point_in[None, :],
+            other=0.0,
+        )
+        # The last pair of an odd row has a padding weight; a zero here leaves it out.
+        x_odd = tl.load(
+            x_rows + (column_even[None, :] + 1) * x_column_stride,
+            mask=row_in[:, None] & (2 * point[None, :] + 1 < in_features),
+            other=0.0,
+        )
+        total = tl.dot(x_even, even.to(x_even.dtype), total, input_precision="ieee")
+        total = tl.dot(x_odd, odd.to(x_odd.dtype), total, input_precision="ieee")
+    # has_bias is a run-time flag, so that layers with and without a bias share a kernel.
+    total += tl.load(bias + column, mask=column_in & (has_bias != 0), other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        out + row[:, None] * out_row_stride + column[None, :],
+        total.to(out.dtype.element_ty),
+        mask=row_in[:, None] & column_in[None, :],
+    )
+
+
+def _blocks(rows: int) -> dict[str, Any]:
+    """Tile sizes for a number of rows of x: few rows (prompts, decoder tokens) or many (image tokens)."""
+    if rows <= 32:
+        return {"BLOCK_ROWS": 16, "BLOCK_OUT": 64, "BLOCK_POINTS": 64, "num_warps": 4}
+    return {"BLOCK_ROWS": 64, "BLOCK_OUT": 64, "BLOCK_POINTS": 32, "num_warps": 4}
+
+
+def linear(
+    x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None, *, out: Tensor | None = None
+) -> Tensor:
+    """``x`` times the transposed weight, plus ``bias``: (…, out) in ``x``'s dtype. Arguments: see ``naive``.
+
+    ``x`` is fp32, fp16 or bf16; a decoded weight is rounded to its dtype, products are summed in fp32 without
+    TF32. ``out``: where to write, (rows of x, out), rows contiguous, of ``x``'s dtype. Raises TypeError for
+    another dtype.
+    """
+    if x.dtype not in SUPPORTED:
+        raise TypeError(f"the kernel multiplies {', '.join(map(str, SUPPORTED))}, not {x.dtype}")
+    in_features = x.shape[-1]
+    out_features, points = indices.shape
+    flat = x.reshape(-1, in_features)
+    rows = flat.shape[0]
+    if out is None:
+        out = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
+    if rows and out_features:
+        blocks = _blocks(rows)
+        tiles = triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(out_features, blocks["BLOCK_OUT"])
+        _linear_kernel[(tiles,)](
+            flat, indices, pairs, _no_bias(pairs) if bias is None else bias.contiguous(), out,
+            rows, out_features, in_features, points,
+            flat.stride(0), flat.stride(1), indices.stride(0), out.stride(0), int(bias is not None),
+            **blocks,
+        )  # fmt: skip
+    return out.view(*x.shape[:-1], out_features)
+
+
+def _no_bias(pairs: Tensor) -> Tensor:
+    """Something to point at where there is no bias; it is never read."""
+    return pairs.view(torch.float32)

@@ -1,0 +1,73 @@
+"""The application: ``create_app(settings)`` and nothing at import time."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TypedDict
+
+from anyio import to_thread
+from fastapi import FastAPI
+from fastapi.responses import FileResponse
+
+from hypersam.engine import Engine
+from hypersam.jobs import JobBoard, connect
+from hypersam.settings import Settings
+from hypersam.store import ArtifactStore
+from service import errors
+from service.deps import State
+from service.metrics import MeasureRequests, Metrics
+from service.routes import compress, health, jobs, models, segment
+from service.schemas import Problem
+
+PAGE = Path(__file__).parent / "static" / "index.html"
+_DESCRIPTION = "Compress Segment Anything checkpoints and serve them from their compressed weights."
+
+
+class _Lifespan(TypedDict):
+    hypersam: State
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """Return the service for these settings. Redis and the engine are opened when it starts, not here."""
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[_Lifespan]:
+        store = await to_thread.run_sync(ArtifactStore, settings.data_dir)
+        await to_thread.run_sync(store.sweep, settings.upload_retention)
+        connection = connect(settings)
+        engine = Engine(settings)
+        board = JobBoard(connection, store, settings)
+        try:
+            yield {"hypersam": State(settings, connection, store, board, engine, metrics)}
+        finally:
+            await to_thread.run_sync(engine.close)
+            await to_thread.run_sync(connection.close)
+
+    app = FastAPI(
+        title="hypersam",
+        version=_version(),
+        description=_DESCRIPTION,
+        lifespan=lifespan,
+        responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
+    )
+    errors.install(app)
+    app.add_middleware(MeasureRequests, metrics=metrics)
+    for module in (compress, jobs, models, segment, health):
+        app.include_router(module.router)
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        return FileResponse(PAGE, media_type="text/html")
+
+    return app
+
+
+def _version() -> str:
+    try:
+        return version("hypersam")
+    except PackageNotFoundError:  # run from a folder that is not installed
+        return "0"

@@ -1,0 +1,35 @@
+"""What a request's handler needs: one State an application, made and closed by its lifespan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, cast
+
+from fastapi import Depends, Request
+from redis import Redis
+
+from hypersam.engine import Engine
+from hypersam.jobs import JobBoard
+from hypersam.settings import Settings
+from hypersam.store import ArtifactStore
+from service.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that lives as long as the application."""
+
+    settings: Settings
+    redis: Redis
+    store: ArtifactStore
+    jobs: JobBoard
+    engine: Engine
+    metrics: Metrics
+
+
+def state_of(request: Request) -> State:
+    """Return the application's state."""
+    return cast(State, request.state.hypersam)
+
+
+StateDep = Annotated[State, Depends(state_of)]

@@ -1,0 +1,152 @@
+"""Every error as an RFC 9457 problem document, by one table from exception to status."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from http import HTTPStatus
+from typing import Any
+
+import redis
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from hypersam import errors
+
+log = logging.getLogger(__name__)
+
+PROBLEM_TYPE = "application/problem+json"
+
+
+class RequestError(errors.HypersamError):
+    """The request does not follow the contract."""
+
+    code = "invalid_request"
+
+
+class BadMultipart(RequestError):
+    """The body is no multipart form, or ends before its last boundary."""
+
+    code = "bad_multipart"
+
+
+class UnsupportedMedia(RequestError):
+    """A body of a type that the route does not take."""
+
+    code = "unsupported_media_type"
+
+
+class BodyTooLarge(RequestError):
+    """A JSON body or a form field larger than any sensible one."""
+
+    code = "body_too_large"
+
+
+class NotAcceptable(RequestError):
+    """The answer cannot be given in the form that Accept asks for."""
+
+    code = "not_acceptable"
+
+
+# The first row that fits decides, so subclasses stand before their bases.
+STATUS: Sequence[tuple[type[BaseException], int]] = (
+    (BadMultipart, 400),
+    (NotAcceptable, 406),
+    (UnsupportedMedia, 415),
+    (BodyTooLarge, 413),
+    (RequestError, 422),
+    (errors.UploadTooLarge, 413),
+    (errors.ImageTooLarge, 413),
+    (errors.UnknownModel, 404),
+    (errors.UnknownJob, 404),
+    (errors.UnknownImage, 404),
+    (errors.UnknownUpload, 404),
+    (errors.NameTaken, 409),
+    (errors.SourceNotAllowed, 403),
+    (errors.CheckpointError, 422),
+    (errors.InvalidOption, 422),
+    (errors.InvalidName, 422),
+    (errors.ImageError, 422),
+    (errors.PromptError, 422),
+    (errors.StoreFull, 507),
+    (errors.Unavailable, 503),
+    (errors.JobCancelled, 409),
+    (errors.ArtifactError, 500),
+    (errors.HypersamError, 400),
+    (redis.ConnectionError, 503),
+    (redis.TimeoutError, 503),
+    (ClientDisconnect, 400),
+)
+
+_HTTP_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "body_too_large",
+    416: "range_not_satisfiable",
+}
+
+
+def status_of(error: BaseException) -> int:
+    """Return the HTTP status of an exception; 500 for one that is not in the table."""
+    return next((status for kind, status in STATUS if isinstance(error, kind)), 500)
+
+
+def problem(status: int, code: str, detail: str, *, headers: dict[str, str] | None = None,
+            **more: Any) -> JSONResponse:  # fmt: skip
+    """Return a problem document. ``code`` is stable and for programs, ``detail`` is for people."""
+    body = {
+        "type": f"urn:hypersam:problem:{code}",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "code": code,
+        **more,
+    }
+    return JSONResponse(body, status, headers=headers, media_type=PROBLEM_TYPE)
+
+
+async def _known(_: Request, error: Exception) -> Response:
+    status = status_of(error)
+    headers: dict[str, str] = {}
+    if status == 503:
+        headers["Retry-After"] = "5"
+    if status == 413:
+        headers["Connection"] = "close"  # the rest of the body is not read
+    if isinstance(error, redis.RedisError):
+        log.warning("redis: %s", error)
+        return problem(status, errors.Unavailable.code, "the queue's Redis does not answer", headers=headers)
+    if isinstance(error, ClientDisconnect):
+        return problem(status, "client_disconnected", "the client went away")
+    if status >= 500:
+        log.error("%s: %s", type(error).__name__, error)
+    code = error.code if isinstance(error, errors.HypersamError) else "error"
+    return problem(status, code, str(error), headers=headers)
+
+
+async def _validation(_: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    found = [{"loc": [str(part) for part in e["loc"]], "msg": e["msg"]} for e in error.errors()]
+    detail = "; ".join(f"{'.'.join(e['loc'])}: {e['msg']}" for e in found[:5])
+    return problem(422, RequestError.code, detail, errors=found[:50])
+
+
+async def _http(_: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _HTTP_CODES.get(error.status_code, f"http_{error.status_code}")
+    return problem(error.status_code, code, str(error.detail), headers=dict(error.headers or {}))
+
+
+async def _unexpected(_: Request, error: Exception) -> Response:
+    return problem(500, "internal_error", "something went wrong here; the service's log tells what")
+
+
+def install(app: FastAPI) -> None:
+    """Let every error of ``app`` leave as a problem document."""
+    for kind in (errors.HypersamError, redis.ConnectionError, redis.TimeoutError, ClientDisconnect):
+        app.add_exception_handler(kind, _known)
+    app.add_exception_handler(RequestValidationError, _validation)
+    app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(Exception, _unexpected)

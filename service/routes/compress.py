@@ -1,0 +1,141 @@
+"""POST /compress: a checkpoint in, a job out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import PurePath
+from typing import Any
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
+
+from hypersam.compression import CODEC_VERSION, check_options
+from hypersam.errors import EmptyCheckpoint, InvalidOption, SourceNotAllowed, UploadTooLarge
+from hypersam.jobs import JobSpec, JobView
+from hypersam.sam.registry import known_variants
+from hypersam.store import NAME
+from service.deps import State, StateDep
+from service.errors import RequestError, UnsupportedMedia
+from service.multipart import Form, media_type, read_body, read_form
+from service.schemas import CompressFields, CompressRequest, Job
+from service.uploads import UploadSink
+
+router = APIRouter(tags=["compress"])
+
+MAX_JSON_BYTES = 1 << 20
+_FORM_OVERHEAD = 2 << 20  # boundaries and fields around the file
+_FIELDS = frozenset(CompressFields.model_fields)
+_form_schema = CompressFields.model_json_schema()
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {
+                            "type": "string", "format": "binary", "description": ".pth, .pt or .safetensors",
+                        },
+                        **_form_schema["properties"],
+                        "options": {"type": "string", "description": "the codec's options, a JSON object"},
+                    },
+                }
+            },
+            "application/json": {"schema": CompressRequest.model_json_schema()},
+        },
+    }
+}  # fmt: skip
+
+
+@router.post("/compress", status_code=202, response_model=Job, openapi_extra=_BODY)
+async def compress(request: Request, response: Response, state: StateDep) -> Job:
+    """Take a checkpoint and queue its compression; asking twice for the same gives the same job."""
+    kind = media_type(request)
+    if kind == "multipart/form-data":
+        view = await _from_form(request, state)
+    elif kind == "application/json":
+        view = await _from_json(request, state)
+    else:
+        raise UnsupportedMedia("send multipart/form-data with a file, or application/json with a source")
+    response.headers["Location"] = f"/jobs/{view.id}"
+    return Job.of(view)
+
+
+async def _from_form(request: Request, state: State) -> JobView:
+    limit = state.settings.max_upload_bytes
+    if int(request.headers.get("content-length", "0")) > limit + _FORM_OVERHEAD:
+        raise UploadTooLarge(f"the checkpoint has more than the {limit} bytes accepted here")
+    sink = UploadSink(state.store, limit)
+    try:
+        form = await read_form(request, {"file": sink}, _FIELDS)
+        if not sink.complete:
+            raise EmptyCheckpoint("the form has no file; send the checkpoint as the form field 'file'")
+        state.metrics.uploaded.inc(sink.writer.bytes)
+        fields = _fields_of(form)
+        default = PurePath(form.filenames["file"]).stem
+        spec = _spec(fields, sink.writer.digest, default)
+        return await _submit(state, spec, sink.writer.commit)
+    finally:
+        await to_thread.run_sync(sink.writer.discard)
+
+
+async def _from_json(request: Request, state: State) -> JobView:
+    body = await read_body(request, MAX_JSON_BYTES)
+    try:
+        wanted = CompressRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+    source = wanted.source
+    if sum(value is not None for value in (source.upload, source.url, source.known)) != 1:
+        raise RequestError("source names exactly one of upload, url and known")
+    if source.upload is None:
+        raise SourceNotAllowed(
+            "this service takes checkpoints as uploads only: send the file, or name the sha256 of one that is "
+            "held as source.upload"
+        )
+    digest = source.upload
+    spec = _spec(wanted, digest, "")
+    return await _submit(state, spec, lambda: state.store.upload(digest))
+
+
+async def _submit(state: State, spec: JobSpec, take: Callable[[], object]) -> JobView:
+    return await to_thread.run_sync(state.jobs.submit, spec, take)
+
+
+def _fields_of(form: Form) -> CompressFields:
+    values: dict[str, Any] = {key: value for key, value in form.fields.items() if value != ""}
+    if "options" in values:
+        try:
+            values["options"] = json.loads(values["options"])
+        except ValueError as error:
+            raise RequestError(f"options is not a JSON object: {error}") from error
+    try:
+        return CompressFields.model_validate(values)
+    except ValidationError as error:
+        raise RequestValidationError(error.errors()) from error
+
+
+def _spec(fields: CompressFields, digest: str, default_name: str) -> JobSpec:
+    """Check everything that can be checked before a worker opens the file."""
+    options = check_options(fields.codec, fields.options)
+    for name in ("preset", "target_ratio", "max_error"):
+        if getattr(fields, name) is not None:
+            raise InvalidOption(
+                f"{fields.codec} has no {name}; it takes options: {', '.join(sorted(options))}"
+            )
+    if fields.variant is not None and fields.variant not in known_variants():
+        raise InvalidOption(f"unknown variant {fields.variant[:64]!r}; known: {', '.join(known_variants())}")
+    name = fields.name or (default_name if NAME.fullmatch(default_name) else digest[:12])
+    return JobSpec(
+        name=name,
+        source_sha256=digest,
+        codec=fields.codec,
+        codec_version=CODEC_VERSION,
+        options=options,
+        variant=fields.variant,
+    )

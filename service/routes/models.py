@@ -1,0 +1,58 @@
+"""The compressed models."""
+
+from __future__ import annotations
+
+from anyio import to_thread
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
+
+from hypersam.errors import UnknownModel
+from hypersam.store import ModelRecord
+from service.deps import State, StateDep
+from service.schemas import Model, Models
+
+router = APIRouter(prefix="/models", tags=["models"])
+
+
+@router.get("", response_model=Models)
+async def list_models(state: StateDep) -> Models:
+    """List all models by name."""
+    records = await to_thread.run_sync(state.store.models)
+    return Models(models=[Model.of(record, tensors=False) for record in records])
+
+
+@router.get("/{model_id}", response_model=Model)
+async def get_model(model_id: str, state: StateDep) -> Model:
+    """Tell all about a model, the error of each tensor included."""
+    return Model.of(await to_thread.run_sync(state.store.model, model_id), tensors=True)
+
+
+@router.get("/{model_id}/artifact", response_class=FileResponse)
+async def get_artifact(model_id: str, request: Request, state: StateDep) -> Response:
+    """Send the compressed file. Its ETag is its sha256; Range works."""
+    record = await to_thread.run_sync(state.store.model, model_id)
+    etag = f'"{record.digest}"'
+    known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
+    if etag in known or "*" in known:
+        return Response(status_code=304, headers={"ETag": etag})
+    path = state.store.artifact(record)
+    if not path.is_file():
+        raise UnknownModel(f"the artifact of {model_id!r} is gone from the data folder")
+    return FileResponse(
+        path,
+        media_type="application/octet-stream",
+        filename=f"{record.name}.hsam",
+        headers={"ETag": etag, "Cache-Control": "no-cache"},
+    )
+
+
+@router.delete("/{model_id}", status_code=204)
+async def delete_model(model_id: str, state: StateDep) -> None:
+    """Forget a model; its artifact goes unless another name stands for it."""
+    record = await to_thread.run_sync(state.store.remove, model_id)
+    if not await to_thread.run_sync(_still_used, state, record):
+        state.engine.forget(record.digest)
+
+
+def _still_used(state: State, record: ModelRecord) -> bool:
+    return any(other.digest == record.digest for other in state.store.models())

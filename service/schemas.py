@@ -1,0 +1,168 @@
+"""What goes in and out as JSON."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from hypersam.jobs import JobState, JobView
+from hypersam.settings import Name
+from hypersam.store import ModelRecord
+
+Pair = tuple[float, float]
+Box = tuple[float, float, float, float]
+MaskFormat = Literal["rle", "png"]
+
+
+class Strict(BaseModel):
+    """Refuses what it does not know, so that a misspelt field is an error and not a surprise."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class Source(Strict):
+    """Where a checkpoint comes from: exactly one of the three."""
+
+    upload: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    url: str | None = None
+    known: str | None = None
+
+
+class CompressFields(Strict):
+    """How to compress; the same in a form and in JSON."""
+
+    name: Name | None = Field(None, description="the model's id; default: the file's name without its ending")
+    variant: str | None = Field(None, description="refuse the checkpoint unless it is of this variant")
+    codec: str = "birkhoff"
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="birkhoff: side, nodes, max_classes, target_error, raw_above, min_elements",
+    )
+    preset: str | None = Field(None, description="codecs with presets only")
+    target_ratio: float | None = Field(None, description="codecs that can aim at a ratio only")
+    max_error: float | None = Field(None, description="codecs that can aim at an error only")
+
+
+class CompressRequest(CompressFields):
+    """POST /compress as JSON."""
+
+    source: Source
+
+
+class Problem(BaseModel):
+    """RFC 9457, with a stable code."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+
+
+class JobError(BaseModel):
+    """Why a job failed."""
+
+    code: str
+    message: str
+
+
+class Job(BaseModel):
+    """A job as it stands."""
+
+    id: str
+    state: JobState
+    name: str
+    codec: str
+    source_sha256: str
+    progress: float = Field(ge=0, le=1)
+    stage: str
+    eta_s: float | None
+    attempt: int
+    result: dict[str, Any] | None
+    error: JobError | None
+    created_at: str | None
+    started_at: str | None
+    ended_at: str | None
+
+    @classmethod
+    def of(cls, view: JobView) -> Job:
+        """Make one from what the board tells."""
+        return cls.model_validate(view, from_attributes=True)
+
+
+class Jobs(BaseModel):
+    """The newest jobs, newest first."""
+
+    jobs: list[Job]
+
+
+class Model(BaseModel):
+    """A compressed model. ``report`` is what its compression measured."""
+
+    id: str
+    artifact_sha256: str
+    artifact_bytes: int
+    source_sha256: str
+    created_at: str
+    report: dict[str, Any]
+
+    @classmethod
+    def of(cls, record: ModelRecord, *, tensors: bool) -> Model:
+        """Make one from the store's record; ``tensors`` keeps the error of each tensor."""
+        report = {key: value for key, value in record.report.items() if tensors or key != "tensors"}
+        return cls(
+            id=record.name,
+            artifact_sha256=record.digest,
+            artifact_bytes=record.bytes,
+            source_sha256=record.source_sha256,
+            created_at=record.created,
+            report=report,
+        )
+
+
+class Models(BaseModel):
+    """All models, without the figures of each tensor."""
+
+    models: list[Model]
+
+
+class PromptBody(Strict):
+    """One thing to find, in pixels of the picture as sent."""
+
+    points: list[Pair] = Field(default_factory=list)
+    point_labels: list[int] = Field(default_factory=list, description="1 inside, 0 outside; one a point")
+    box: Box | None = Field(None, description="x0, y0, x1, y1")
+
+
+class SegmentRequest(Strict):
+    """POST /segment as JSON."""
+
+    model: str
+    image: str | None = Field(None, description="base64 of a PNG, JPEG, WebP, … file")
+    image_id: str | None = Field(None, description="of a picture sent before, while its embedding is held")
+    prompts: list[PromptBody] = Field(min_length=1)
+    multimask: bool = False
+    format: str = "rle"
+
+
+class MaskBody(BaseModel):
+    """One mask: COCO's compressed RLE as an object, or a PNG (0 and 255) in base64."""
+
+    prompt: int
+    score: float
+    bbox: tuple[int, int, int, int]
+    area: int
+    segmentation: dict[str, Any] | str
+
+
+class SegmentResponse(BaseModel):
+    """Masks. Timings are milliseconds."""
+
+    model: str
+    image_id: str
+    width: int
+    height: int
+    cached: bool
+    masks: list[MaskBody]
+    timings: dict[str, float]

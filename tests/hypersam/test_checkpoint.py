@@ -1,0 +1,194 @@
+"""Checkpoints that are none: each is refused with its own code, and nothing in a pickle is ever run."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hypersam.checkpoint import container_of, read_checkpoint, sha256_of
+from hypersam.errors import CheckpointError, HypersamError
+from hypersam.sam.detect import detect
+from tests.models import official_sam, save_checkpoint
+
+
+class Bomb:
+    """A pickle of this would create the named file on loading."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"touch {self.target}",)
+
+
+def code_of(path: Path) -> str:
+    with pytest.raises(HypersamError) as caught:
+        read_checkpoint(path)
+    assert path.name in str(caught.value)
+    return caught.value.code
+
+
+@pytest.mark.parametrize("wrapper", ["", "model", "state_dict"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_wrappers_and_prefixes_are_removed(tmp_path: Path, wrapper: str, prefix: str) -> None:
+    state = official_sam().state_dict()
+    content = {prefix + k: v for k, v in state.items()}
+    torch.save({wrapper: content} if wrapper else content, tmp_path / "a.pth")
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    assert (checkpoint.wrapper, checkpoint.prefix, checkpoint.container) == (wrapper, prefix, "zip")
+    assert checkpoint.tensors.keys() == state.keys()
+    assert all(torch.equal(checkpoint.tensors[k], v) for k, v in state.items())
+
+
+def test_all_containers_give_the_same_tensors(tmp_path: Path) -> None:
+    state = official_sam().state_dict()
+    torch.save(state, tmp_path / "zip.pth")
+    torch.save(state, tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "a.safetensors")
+    for name, container in (("zip.pth", "zip"), ("legacy.pth", "legacy"), ("a.safetensors", "safetensors")):
+        checkpoint = read_checkpoint(tmp_path / name)
+        assert checkpoint.container == container == container_of(tmp_path / name)
+        assert all(torch.equal(checkpoint.tensors[k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize("new_format", [True, False])
+def test_a_pickle_that_would_run_code_is_refused_and_not_run(tmp_path: Path, new_format: bool) -> None:
+    ran = tmp_path / "ran"
+    path = tmp_path / "evil.pth"
+    torch.save({"image_encoder.pos_embed": torch.zeros(3), "x": Bomb(ran)}, path,
+               _use_new_zipfile_serialization=new_format)  # fmt: skip
+    assert code_of(path) == "unsafe_checkpoint"
+    assert not ran.exists()
+    pickle.loads(pickle.dumps(Bomb(ran)))  # the bomb is a live one
+    assert ran.exists()
+
+
+def test_a_bare_pickle_is_refused_and_not_run(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Bomb(ran)))
+    assert code_of(tmp_path / "evil.pt") in {"unsafe_checkpoint", "not_a_checkpoint"}
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_files_cut_anywhere_are_refused(tmp_path: Path, suffix: str) -> None:
+    whole = tmp_path / f"whole.{suffix}"
+    if suffix == "pth":
+        save_checkpoint(whole)
+    else:
+        save_file(official_sam().state_dict(), whole)
+    data = whole.read_bytes()
+    for cut in [1, 7, 8, 9, 30, 100, *range(1000, len(data), max(1, len(data) // 40)), len(data) - 1]:
+        path = tmp_path / f"cut.{suffix}"
+        path.write_bytes(data[:cut])
+        assert code_of(path) == "not_a_checkpoint", cut
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (b"", "empty_checkpoint"),
+        (b"hello, this is a text file", "not_a_checkpoint"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not_a_checkpoint"),
+        (b"\x80\x02garbage", "not_a_checkpoint"),
+        (b"PK\x03\x04" + bytes(50), "not_a_checkpoint"),
+        ((20).to_bytes(8, "little") + b'{"a":"not tensors" }' + bytes(9), "not_a_checkpoint"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: bytes, code: str) -> None:
+    (tmp_path / "a.pth").write_bytes(content)
+    assert code_of(tmp_path / "a.pth") == code
+
+
+def test_a_zip_of_something_else_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        archive.writestr("efficient_sam_vits.pt", b"a checkpoint inside")
+    assert code_of(tmp_path / "a.pt") == "not_a_checkpoint"
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        ({}, "empty_checkpoint"),
+        ({"model": {}}, "empty_checkpoint"),
+        ([torch.zeros(2)], "bad_checkpoint"),
+        (torch.zeros(2), "bad_checkpoint"),
+        ({"epoch": 3, "w": torch.zeros(2)}, "bad_checkpoint"),
+        ({1: torch.zeros(2)}, "bad_checkpoint"),
+        ({"w": torch.zeros(2, 2).to_sparse()}, "bad_checkpoint"),
+        ({"w": torch.zeros(2, dtype=torch.complex64)}, "bad_checkpoint"),
+    ],
+)
+def test_contents_that_are_no_state_dict_are_refused(tmp_path: Path, content: object, code: str) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    assert code_of(tmp_path / "a.pth") == code
+
+
+def test_a_missing_file_says_so(tmp_path: Path) -> None:
+    assert code_of(tmp_path / "none.pth") == "not_a_checkpoint"
+
+
+def refuse(state: dict[str, torch.Tensor], variant: str | None = None) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        detect(state, variant=variant)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("image_encoder.trunk.pos_embed_window", "SAM 2"),
+        ("image_encoder.features.0.0.c.weight", "EdgeSAM"),
+        ("image_encoder.patch_embed.seq.0.c.weight", "MobileSAM"),
+        ("prompt_encoder.bbox_top_left_embeddings.weight", "EfficientSAM"),
+        ("mask_decoder.hf_token.weight", "SAM-HQ"),
+    ],
+)
+def test_other_families_are_named_and_refused(key: str, name: str) -> None:
+    error = refuse({key: torch.zeros(1)})
+    assert error.code == "unknown_family"
+    assert name in str(error)
+    assert "SAM ViT-B" in str(error)
+
+
+def test_an_unknown_network_lists_what_is_known() -> None:
+    error = refuse({"conv1.weight": torch.zeros(1)})
+    assert error.code == "unknown_family"
+    assert "conv1.weight" in str(error)
+    assert "SAM ViT-B" in str(error)
+
+
+def test_missing_unexpected_and_misshapen_keys_are_listed() -> None:
+    state = official_sam().state_dict()
+    del state["mask_decoder.iou_token.weight"]
+    state["image_encoder.extra"] = torch.zeros(2)
+    state["image_encoder.blocks.1.norm1.bias"] = torch.zeros(5)
+    error = refuse(state)
+    assert error.code == "layout_mismatch"
+    for part in ("mask_decoder.iou_token.weight", "image_encoder.extra", "(5,), should be (32,)"):
+        assert part in str(error)
+
+
+def test_every_missing_key_is_a_clear_refusal() -> None:
+    whole = official_sam().state_dict()
+    for key in whole:
+        state = {k: v for k, v in whole.items() if k != key}
+        assert refuse(state).code in {"layout_mismatch", "unknown_family"}, key
+
+
+def test_a_wrong_variant_is_refused() -> None:
+    state = official_sam().state_dict()
+    assert refuse(state, "sam_vit_b").code == "variant_mismatch"
+    assert refuse(state, "sam_vit_x").code == "variant_mismatch"
+    assert detect(state, variant="sam_vit").variant == "sam_vit"
+
+
+def test_hashes_are_those_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

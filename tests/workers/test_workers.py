@@ -1,0 +1,208 @@
+"""Real workers that are killed, cancelled and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import redis as redis_package
+
+from hypersam.compression import CODEC_VERSION, check_options
+from hypersam.embedded_redis import EmbeddedRedis
+from hypersam.errors import NameTaken, Overloaded, UnknownJob, UnknownUpload
+from hypersam.jobs import JobBoard, JobSpec, JobState, JobView, connect
+from hypersam.settings import Settings
+from hypersam.store import ArtifactStore
+from tests.models import save_checkpoint
+from tests.service.running import WorkerProcess
+
+
+class Bench:
+    """A Redis, a store and a board, and workers on request."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.store = ArtifactStore(settings.data_dir)
+        self.redis = connect(settings)
+        self.board = JobBoard(self.redis, self.store, settings)
+        self.stack = contextlib.ExitStack()
+
+    def worker(self) -> WorkerProcess:
+        worker = WorkerProcess(self.settings)
+        self.stack.callback(worker.stop)
+        return worker
+
+    def submit(self, checkpoint: bytes, name: str = "m", side: float = 0.1) -> JobView:
+        upload = self.store.new_upload(1 << 30)
+        upload.write(checkpoint)
+        try:
+            return self.board.submit(spec(upload.finish(), name, side), upload.commit)
+        finally:
+            upload.discard()
+
+    def wait(self, job_id: str, done: Callable[[JobView], bool], timeout: float = 60) -> JobView:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            view = self.board.get(job_id)
+            if done(view):
+                return view
+            time.sleep(0.02)
+        raise AssertionError(f"waited in vain: {view}")
+
+
+def spec(digest: str, name: str = "m", side: float = 0.1) -> JobSpec:
+    options = json.loads(json.dumps(check_options("birkhoff", {"side": side})))
+    return JobSpec(name=name, source_sha256=digest, codec="birkhoff", codec_version=CODEC_VERSION, options=options)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with EmbeddedRedis(tmp_path / "data") as server:
+        settings = Settings(
+            data_dir=tmp_path / "data", redis_url=server.url, worker_heartbeat=1, device="cpu", max_waiting_jobs=2
+        )
+        made = Bench(settings)
+        with made.stack:
+            yield made
+        made.redis.close()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny.pth").read_bytes()
+
+
+def horse_of(worker: WorkerProcess) -> psutil.Process:
+    """The process of the job that the worker runs."""
+    children = psutil.Process(worker.process.pid).children()
+    assert len(children) == 1
+    return children[0]
+
+
+def started(view: JobView) -> bool:
+    return view.attempt == 1
+
+
+def final(view: JobView) -> bool:
+    return view.state.final
+
+
+def test_a_killed_workers_job_is_done_by_another(bench: Bench, checkpoint: bytes) -> None:
+    first, job = bench.worker(), bench.submit(checkpoint)
+    assert job.state is JobState.QUEUED
+    bench.wait(job.id, started)
+    horse = horse_of(first)
+    first.process.send_signal(signal.SIGKILL)
+    first.process.wait()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        horse.wait(5)  # it must not live on beside its successor
+    assert not horse.is_running()
+    assert bench.board.get(job.id).state is JobState.RUNNING  # nobody could report
+    bench.worker()
+    done = bench.wait(job.id, final)
+    assert (done.state, done.attempt) == (JobState.SUCCEEDED, 2)
+    assert bench.store.model("m").request == job.id
+    assert not list(bench.store.work.iterdir())
+    assert not list(bench.store.uploads.iterdir())  # no longer needed
+
+
+def test_a_killed_job_process_is_tried_again_and_then_given_up(bench: Bench, checkpoint: bytes) -> None:
+    worker, job = bench.worker(), bench.submit(checkpoint)
+    for attempt in range(1, bench.settings.job_retries + 2):
+        bench.wait(job.id, lambda view, n=attempt: view.attempt == n)  # type: ignore[misc]
+        horse_of(worker).kill()
+    done = bench.wait(job.id, final)
+    assert done.state is JobState.FAILED
+    assert done.error is not None
+    assert done.error["code"] == "worker_lost"
+    assert bench.store.find("m") is None
+
+
+def test_a_running_job_is_cancelled(bench: Bench, checkpoint: bytes) -> None:
+    bench.worker()
+    job = bench.submit(checkpoint)
+    bench.wait(job.id, started)
+    view = bench.board.cancel(job.id)
+    assert view is not None
+    assert view.stage == "cancelling"
+    done = bench.wait(job.id, final)
+    assert (done.state, done.attempt) == (JobState.CANCELLED, 1)
+    assert done.error == {"code": "cancelled", "message": "the job was cancelled"}
+    assert bench.store.find("m") is None
+    assert not list(bench.store.work.iterdir())
+    again = bench.submit(checkpoint)  # after a cancellation the same request runs anew
+    assert again.id == job.id
+    assert bench.wait(job.id, final).state is JobState.SUCCEEDED
+
+
+def test_a_waiting_job_is_cancelled(bench: Bench, checkpoint: bytes) -> None:
+    job = bench.submit(checkpoint)
+    view = bench.board.cancel(job.id)
+    assert view is not None
+    assert view.state is JobState.CANCELLED
+    assert bench.board.waiting() == 0
+    assert not list(bench.store.uploads.iterdir())
+    assert bench.board.cancel(job.id) is None  # ended: forgotten
+    with pytest.raises(UnknownJob):
+        bench.board.get(job.id)
+
+
+def test_a_worker_told_to_stop_ends_at_once_when_idle(bench: Bench) -> None:
+    worker = bench.worker()
+    deadline = time.monotonic() + 10
+    while bench.board.workers() != 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert bench.board.workers() == 1
+    began = time.monotonic()
+    assert worker.stop() == 0
+    assert time.monotonic() - began < 5
+    assert bench.board.workers() == 0
+
+
+def test_the_worker_never_loads_torch(bench: Bench, checkpoint: bytes) -> None:
+    worker = bench.worker()
+    bench.wait(bench.submit(checkpoint).id, final)
+    maps = Path(f"/proc/{worker.process.pid}/maps").read_text()
+    assert "libtorch" not in maps
+
+
+def test_a_claimed_name(bench: Bench, checkpoint: bytes) -> None:
+    first = bench.submit(checkpoint)
+    assert bench.submit(checkpoint).id == first.id
+    with pytest.raises(NameTaken):
+        bench.submit(checkpoint, side=0.2)
+    assert bench.board.cancel(first.id) is not None
+    assert bench.submit(checkpoint, side=0.2).state is JobState.QUEUED  # the claim went with the job
+
+
+def test_more_jobs_than_may_wait(bench: Bench, checkpoint: bytes) -> None:
+    bench.submit(checkpoint, "a")
+    bench.submit(checkpoint, "b")
+    with pytest.raises(Overloaded):
+        bench.submit(checkpoint, "c")
+    assert [view.name for view in bench.board.list()] == ["b", "a"]
+
+
+def test_an_upload_stays_while_another_job_wants_it(bench: Bench, checkpoint: bytes) -> None:
+    first, second = bench.submit(checkpoint, "a"), bench.submit(checkpoint, "b")
+    bench.board.cancel(first.id)
+    assert bench.store.upload(second.source_sha256).is_file()
+    bench.board.cancel(second.id)
+    with pytest.raises(UnknownUpload):
+        bench.store.upload(second.source_sha256)
+
+
+def test_jobs_are_json_in_redis(bench: Bench, checkpoint: bytes) -> None:
+    job = bench.submit(checkpoint)
+    raw = redis_package.Redis.from_url(str(bench.settings.redis_url))
+    held = raw.hgetall(f"rq:job:{job.id}")
+    raw.close()
+    import zlib
+
+    assert json.loads(zlib.decompress(held[b"data"]))[0] == "workers.tasks.compress_checkpoint"

@@ -1,0 +1,1 @@
+"""Workers: RQ processes that run compression jobs."""

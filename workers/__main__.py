@@ -1,0 +1,34 @@
+"""``python -m workers``: one worker process, set up by HYPERSAM_* variables."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+
+from hypersam.embedded_redis import die_with_parent
+from hypersam.errors import HypersamError
+from hypersam.settings import Settings
+from workers.worker import run
+
+
+def main() -> int:
+    """Work until SIGTERM or SIGINT; a second one gives up the running job, which another worker retries."""
+    settings = Settings()
+    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(level=settings.log_level.upper(), format=form)
+    parent = os.environ.pop("HYPERSAM_PARENT", None)
+    if parent is not None:
+        die_with_parent()
+        if os.getppid() != int(parent):  # it died before the request above was in force
+            return 1
+    try:
+        run(settings)
+    except HypersamError as error:
+        print(f"{error.code}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
