@@ -40,12 +40,12 @@ def main() -> None:
         as_file(assets / "scenes" / "scene_0.json") as truth,
     ):
         objects = json.loads(truth.read_text())["objects"]
-        url = f"http://127.0.0.1:{_free_port()}"
+        url = f"http://127.0.0.1:{free_port()}"
         print(f"starting hypersam serve at {url} (Redis, API, one worker)", flush=True)
         server = _serve(Path(data), url)
         try:
             with httpx.Client(base_url=url, timeout=60) as client:
-                _wait_until_ready(client, server)
+                wait_until_ready(client, server)
                 name = _compress(client, checkpoint)
                 _segment(client, name, picture, objects[0])
         finally:
@@ -63,13 +63,15 @@ def _serve(data: Path, url: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port of the loopback interface that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
-def _wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> None:
+def wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> None:
+    """Ask ``/readyz`` until it answers 200; SystemExit if the server ends or takes too long."""
     began = time.monotonic()
     while time.monotonic() - began < _START_LIMIT_S:
         if server.poll() is not None:

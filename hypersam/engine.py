@@ -81,7 +81,7 @@ class Segmentation:
 def image_id_of(image: NDArray[np.uint8]) -> str:
     """A picture's id: SHA-256 of its size and pixels, so that the same picture has the same id in any format."""
     digest = hashlib.sha256(f"{image.shape[0]}x{image.shape[1]}:".encode())
-    digest.update(np.ascontiguousarray(image))
+    digest.update(np.ascontiguousarray(image).data)
     return digest.hexdigest()[:32]
 
 

@@ -148,7 +148,7 @@ class JobBoard:
             if self.queue.count >= self.settings.max_waiting_jobs:
                 raise Overloaded(f"{self.queue.count} jobs wait already; try again later")
             take_upload()
-            self.connection.delete(self._cancel_key(spec.key))
+            self.connection.delete(self._cancel_key(spec.key), self._attempts_key(spec.key))
             self.connection.hset(_NAMES, spec.name, spec.key)
             self.connection.sadd(self._users_key(spec.source_sha256), spec.key)
             try:
@@ -205,6 +205,13 @@ class JobBoard:
             self.release(JobSpec(**job.args[0]))
         view = self.get(job_id)
         return view if view.state.final else replace(view, stage="cancelling")
+
+    def begin(self, job_id: str) -> int:
+        """Count one more attempt at a job and return its number. RQ's own record forgets it on a retry."""
+        key = self._attempts_key(job_id)
+        attempt: Any = self.connection.incr(key)
+        self.connection.expire(key, self.settings.job_retention)
+        return int(attempt)
 
     def cancel_requested(self, job_id: str) -> bool:
         """Whether somebody wants the job to stop."""
@@ -295,6 +302,10 @@ class JobBoard:
     @staticmethod
     def _cancel_key(job_id: str) -> str:
         return f"{_PREFIX}cancel:{job_id}"
+
+    @staticmethod
+    def _attempts_key(job_id: str) -> str:
+        return f"{_PREFIX}attempts:{job_id}"
 
     @staticmethod
     def _users_key(digest: str) -> str:

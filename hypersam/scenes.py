@@ -187,14 +187,16 @@ class _Painter:
                 picture = (1 - 2 * weight) * picture + weight * shifted
         noise = rng.standard_normal(picture.shape, dtype=np.float32)
         picture += noise * np.float32(rng.uniform(0.5, 7))
-        return np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+        exposed: NDArray[np.uint8] = np.clip(np.rint(picture), 0, 255).astype(np.uint8)
+        return exposed
 
     # Textures
 
     def _colour(self) -> F32:
         grey = self.rng.uniform(25, 230)
         chroma = self.rng.normal(0, 1, 3) * self.rng.choice([8, 25, 60])
-        return np.clip(grey + chroma - chroma.mean(), 5, 250).astype(np.float32)
+        colour: F32 = np.clip(grey + chroma - chroma.mean(), 5, 250).astype(np.float32)
+        return colour
 
     def _new_texture(self, contrast: float | None = None) -> _Texture:
         rng = self.rng
@@ -239,7 +241,8 @@ class _Painter:
         dy, dx = texture.offset
         rows = (np.arange(where[0].start, where[0].stop) + dy) % self.size
         columns = (np.arange(where[1].start, where[1].stop) + dx) % self.size
-        return self.bank[texture.field][rows[:, None], columns[None, :]]
+        part: F32 = self.bank[texture.field][rows[:, None], columns[None, :]]
+        return part
 
     def _render(self, texture: _Texture, where: tuple[slice, slice]) -> F32:
         """Colours (float32, h x w x 3, 0 to 255) of a texture in a part of the picture."""
@@ -264,7 +267,8 @@ class _Painter:
                 amount = (2 * along - 1).astype(np.float32) + 0.05 * field
         if texture.kind == "blend":
             mix = np.clip(0.5 + 0.5 * amount, 0, 1)[..., None]
-            return texture.colour + mix * (texture.second - texture.colour) * np.float32(0.6)
+            blended: F32 = texture.colour + mix * (texture.second - texture.colour) * np.float32(0.6)
+            return blended
         tint = texture.second - texture.colour
         tint = tint / max(float(np.abs(tint).max()), 1.0)
         direction = (0.6 + 0.4 * tint) * texture.contrast
@@ -296,7 +300,7 @@ class _Painter:
         reach = max(1, self.size // 42)
         dy, dx = (int(v) for v in self.rng.integers(-reach, reach + 1, 2))
         shadow = _shift(alpha, dy, dx)
-        shadow = (shadow + _shift(shadow, 1, 0) + _shift(shadow, 0, 1) + _shift(shadow, 1, 1)) / 4
+        shadow = (shadow + _shift(shadow, 1, 0) + _shift(shadow, 0, 1) + _shift(shadow, 1, 1)) * np.float32(0.25)
         self.canvas *= 1 - np.float32(self.rng.uniform(0.15, 0.45)) * shadow[..., None]
 
     def _place(self, area: float, visible: list[NDArray[np.bool_]]) -> tuple[F32, bool]:

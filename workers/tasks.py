@@ -42,7 +42,9 @@ class ProgressLike(Protocol):
 class JobReporter:
     """Writes progress into the job, not more often than needed, and stops the job if somebody asks for it."""
 
-    def __init__(self, job: Job, cancelled: Callable[[], bool], *, every: float = REPORT_EVERY) -> None:
+    def __init__(
+        self, job: Job, cancelled: Callable[[], bool], *, attempt: int = 1, every: float = REPORT_EVERY
+    ) -> None:
         self._job = job
         self._cancelled = cancelled
         self._every = every
@@ -51,8 +53,7 @@ class JobReporter:
         self._stage = ""
         self._progress = 0.0
         meta = job.meta
-        attempt = int(meta.get("attempt", 0)) + 1
-        meta.update(attempt=attempt, progress=0.0, stage="starting", eta_s=None, error=None)
+        meta.update(attempt=attempt, sequence=0, progress=0.0, stage="starting", eta_s=None, error=None)
         self.save()
 
     def __call__(self, progress: ProgressLike) -> None:
@@ -100,7 +101,7 @@ def run(spec: JobSpec, job: Job, settings: Settings, connection: Redis) -> dict[
     """Do the work of ``compress_checkpoint`` with everything it needs given."""
     store = ArtifactStore(settings.data_dir)
     board = JobBoard(connection, store, settings)
-    reporter = JobReporter(job, lambda: board.cancel_requested(job.id))
+    reporter = JobReporter(job, lambda: board.cancel_requested(job.id), attempt=board.begin(job.id))
     try:
         if board.cancel_requested(job.id):
             raise JobCancelled("the job was cancelled")

@@ -13,20 +13,10 @@ import torch
 from torch import Tensor
 
 from kernels.codec import geometry
-from kernels.codec.nearest import NodeFinder
+from kernels.codec.nearest import NodeFinder, chunks
 from kernels.codec.packing import pack, unpack
 from kernels.codec.types import CODED_DTYPES, BirkhoffConfig, BirkhoffTensor, Encoded, RawTensor
 from kernels.errors import ArtifactCorrupt
-
-# On the CPU a chunk stays in the first caches and just below torch's threshold for threads: with chunks of 2^18
-# points the threads' barriers took most of the time as soon as anything else used a core. A GPU wants much at once.
-_CPU_CHUNK = 15 * 1024
-_GPU_CHUNK = 1 << 22
-
-
-def _chunks(count: int, device: torch.device) -> Iterator[slice]:
-    step = _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
-    return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
 @dataclass(frozen=True)
@@ -51,8 +41,8 @@ class _Plane:
         square = geometry.Square(centre, side)
         radius = 0.0
         positions = []
-        for part in _chunks(points.shape[0], points.device):
-            x, y = points[part].unbind(1)
+        for part in chunks(points.shape[0], points.device):
+            x, y = (axis.contiguous() for axis in points[part].unbind(1))
             radius = max(radius, _largest_distance(x, y, centre))
             positions.append(square.outside(x, y).nonzero().squeeze(1))
         plane = cls(points, centre, tuple(positions), points.new_empty(0), points.new_empty(0), radius)
@@ -62,7 +52,7 @@ class _Plane:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """The chunks, and the positions outside in each."""
-        return zip(_chunks(self.points.shape[0], self.points.device), self.outside, strict=True)
+        return zip(chunks(self.points.shape[0], self.points.device), self.outside, strict=True)
 
     def positions(self) -> Tensor:
         """The positions outside from the first point, int64 (m,)."""
@@ -88,7 +78,10 @@ def _absolute_error(table: Tensor, index: Tensor, points: Tensor) -> Tensor:
     """|p̂ − p| of both coordinates, fp32 (n, 2)."""
     decoded = torch.empty_like(points)
     _gather(table, index, decoded)
-    return decoded.sub_(points).abs_()
+    # Two columns a point would pass torch's threshold for threads; half at a time does not.
+    for values, true in zip(decoded.chunk(2), points.chunk(2), strict=True):
+        values.sub_(true).abs_()
+    return decoded
 
 
 class _Search:
@@ -98,13 +91,10 @@ class _Search:
         self._plane, self._config, self._nodes = plane, config, nodes
         table = geometry.nodes(plane.centre, config.side, nodes).to(plane.points.device)
         self._find = NodeFinder(plane.centre, config.side, table)
-        self._inside = torch.empty(plane.points.shape[0], dtype=torch.int32, device=plane.points.device)
+        self._inside = self._find(plane.points)
         self._inside_error = 0.0
         for part, outside in plane.chunks():
-            points = plane.points[part]
-            theta = self._find(*points.unbind(1))
-            self._inside[part] = theta
-            error = _absolute_error(table, theta, points)
+            error = _absolute_error(table, self._inside[part], plane.points[part])
             if outside.numel():
                 error.index_fill_(0, outside, 0)
             self._inside_error += geometry.stable_sum(error)
@@ -136,11 +126,10 @@ class _Search:
         """Index (int32) of the points outside with K ``classes``, and the sum of their absolute errors."""
         plane = self._plane
         radii = geometry.class_radii(self._config.side, plane.radius, classes)
-        index = torch.empty(points.shape[0], dtype=torch.int32, device=points.device)
+        number, drawn = geometry.draw_in(plane.offsets, plane.distance, plane.centre, radii)
+        index = self._find(drawn).add_(number, alpha=self._nodes)
         absolute = 0.0
-        for part in _chunks(points.shape[0], points.device):
-            number, drawn = geometry.draw_in(plane.offsets[part], plane.distance[part], plane.centre, radii)
-            index[part] = self._find(*drawn.unbind(1)) + number * self._nodes
+        for part in chunks(index.numel(), index.device):
             absolute += geometry.stable_sum(_absolute_error(table, index[part], points[part]))
         return index, absolute
 
@@ -228,6 +217,6 @@ def decode(encoded: Encoded, *, dtype: torch.dtype | None = None, device: torch.
     rows, columns = encoded.rows, encoded.columns
     values = torch.empty((*index.shape, 2), dtype=torch.float32, device=index.device)
     flat_index, flat_values = index.view(-1), values.view(-1, 2)
-    for part in _chunks(flat_index.numel(), index.device):
+    for part in chunks(flat_index.numel(), index.device):
         _gather(table, flat_index[part].to(torch.int32), flat_values[part])
     return values.view(rows, -1)[:, :columns].reshape(encoded.shape).to(target)

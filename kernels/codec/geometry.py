@@ -139,5 +139,5 @@ def draw_in(offsets: Tensor, distance: Tensor, where: tuple[float, float], radii
         number += distance > d
     factors = torch.tensor([radii[0] / d for d in radii], dtype=torch.float64, device=offsets.device)
     c = torch.tensor(where, dtype=torch.float64, device=offsets.device)
-    drawn = c + offsets * factors[number].unsqueeze(1)
+    drawn = offsets * torch.index_select(factors, 0, number).unsqueeze(1) + c
     return number, drawn.to(torch.float32)

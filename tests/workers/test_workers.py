@@ -165,11 +165,12 @@ def test_a_worker_told_to_stop_ends_at_once_when_idle(bench: Bench) -> None:
     assert bench.board.workers() == 0
 
 
-def test_the_worker_never_loads_torch(bench: Bench, checkpoint: bytes) -> None:
+def test_the_worker_never_touches_the_gpu(bench: Bench, checkpoint: bytes) -> None:
     worker = bench.worker()
     bench.wait(bench.submit(checkpoint).id, final)
     maps = Path(f"/proc/{worker.process.pid}/maps").read_text()
-    assert "libtorch" not in maps
+    assert "libcuda.so" not in maps
+    assert "/dev/nvidia" not in maps
 
 
 def test_a_claimed_name(bench: Bench, checkpoint: bytes) -> None:

@@ -1,0 +1,1 @@
+"""Measurements that anyone can repeat: ``python -m benchmarks NAME``. Results are CSV files in ``results/``."""

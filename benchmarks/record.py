@@ -1,0 +1,56 @@
+"""One CSV a benchmark; every row says on what machine, commit and versions it was measured."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what a row was measured."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    dirty = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+        "commit": git("rev-parse", "--short", "HEAD") + dirty,
+        "cpu": _cpu(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def append(name: str, row: Mapping[str, Any]) -> None:
+    """Add a row to ``results/NAME.csv``. A file with other columns is begun anew."""
+    full = {**row, **machine()}
+    path = RESULTS / f"{name}.csv"
+    path.parent.mkdir(exist_ok=True)
+    known = path.read_text().splitlines()[:1] if path.exists() else []
+    fresh = known != [",".join(full)]
+    with path.open("w" if fresh else "a", newline="") as file:
+        writer = csv.DictWriter(file, list(full), lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in full.items()})

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from hypersam.embedded_redis import EmbeddedRedis
+from hypersam.settings import Settings
+from tests.service.running import Api, WorkerProcess, assert_problem, picture
+
+
+def test_ready_and_metrics(api: Api, model: str) -> None:
+    ready = api.http.get("/readyz")
+    assert ready.status_code == 200
+    assert ready.json() == {"redis": "ok", "store": "ok", "workers": 1, "jobs_waiting": 0, "ready": True}
+    api.http.post("/segment", files={"image": picture()}, data={"model": model, "points": "[[1, 1]]"})
+    text = api.http.get("/metrics").text
+    assert 'hypersam_request_seconds_count{method="POST",route="/segment",status="200"}' in text
+    assert 'hypersam_segment_stage_seconds_count{stage="encode"}' in text
+    assert "hypersam_embedding_lookups_total" in text
+    assert "hypersam_jobs_waiting 0.0" in text
+    resident = next(line for line in text.splitlines() if line.startswith("hypersam_resident_bytes"))
+    assert float(resident.split()[1]) > 0
+
+
+def test_the_page_and_the_description(api: Api) -> None:
+    page = api.http.get("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "/docs" in page.text
+    paths = api.http.get("/openapi.json").json()["paths"]
+    form = paths["/compress"]["post"]["requestBody"]["content"]["multipart/form-data"]["schema"]
+    assert form["required"] == ["file"]
+    assert {"file", "name", "variant", "codec", "options"} <= set(form["properties"])
+    segment = paths["/segment"]["post"]["requestBody"]["content"]
+    assert set(segment) == {"multipart/form-data", "application/json"}
+    assert api.http.get("/docs").status_code == 200
+
+
+def test_the_distributed_form_tells_the_truth(tmp_path: Path) -> None:
+    redis = EmbeddedRedis(tmp_path / "elsewhere")
+    redis.start()
+    settings = Settings(
+        data_dir=tmp_path / "data", redis_url=redis.url, port=0, workers=0, worker_heartbeat=1, device="cpu"
+    )
+    service = Api(settings)
+    try:
+        assert service.http.get("/readyz").json()["workers"] == 0
+        worker = WorkerProcess(settings)
+        assert service.http.get("/readyz").json()["workers"] == 1
+        worker.stop()
+        assert service.http.get("/readyz").json()["workers"] == 0
+        shutil.rmtree(settings.data_dir / "work")
+        broken = service.http.get("/readyz")
+        assert broken.status_code == 503
+        assert broken.json()["store"] == "cannot be written"
+        redis.stop()
+        down = service.http.get("/readyz")
+        assert down.status_code == 503
+        assert down.json()["redis"] == "does not answer"
+        assert_problem(service.http.get("/jobs"), 503, "unavailable")
+        assert service.http.get("/healthz").status_code == 200
+        assert service.http.get("/models").status_code == 200
+        assert "hypersam_workers NaN" in service.http.get("/metrics").text
+    finally:
+        service.stop()
+        redis.stop()

@@ -1,0 +1,139 @@
+"""``hypersam serve``: starts everything, keeps it running, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import socket
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from hypersam.cli import serve
+from hypersam.embedded_redis import EmbeddedRedis
+from hypersam.settings import Settings
+from hypersam.store import ArtifactStore
+from tests.service.running import SERVE, Api, Process
+
+
+def family(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def gone(processes: list[psutil.Process], timeout: float = 15) -> bool:
+    deadline = time.monotonic() + timeout
+    alive = processes
+    while alive and time.monotonic() < deadline:
+        time.sleep(0.05)
+        alive = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return not alive
+
+
+def start(tmp_path: Path, **options: object) -> Api:
+    given = {"data_dir": tmp_path / "data", "port": 0, "workers": 2, "worker_heartbeat": 1, "device": "cpu", **options}
+    return Api(Settings(**given))  # type: ignore[arg-type]
+
+
+def wait_workers(service: Api, count: int) -> None:
+    deadline = time.monotonic() + 40
+    while time.monotonic() < deadline:
+        if service.http.get("/readyz").json()["workers"] == count:
+            return
+        time.sleep(0.1)
+    raise AssertionError(service.output())
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_everything_in_order(tmp_path: Path, sig: int) -> None:
+    service = start(tmp_path)
+    wait_workers(service, 2)
+    children = family(service.process.pid)
+    assert len(children) == 3  # Redis and two workers
+    assert service.stop(sig) == 0, service.output()
+    assert gone(children, 0.5)
+    assert "Traceback" not in service.output(), service.output()
+    with EmbeddedRedis(tmp_path / "data"):  # the data folder is free again
+        pass
+
+
+def test_a_dead_worker_is_replaced(tmp_path: Path) -> None:
+    service = start(tmp_path, workers=1)
+    try:
+        wait_workers(service, 1)
+        worker = next(p for p in family(service.process.pid) if "workers" in p.cmdline())
+        worker.kill()
+        deadline = time.monotonic() + 30
+        found: list[psutil.Process] = []
+        while not found and time.monotonic() < deadline:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found = [p for p in family(service.process.pid) if "workers" in p.cmdline() and p.pid != worker.pid]
+        assert found
+        service.wait_for("starting another")
+    finally:
+        service.stop()
+
+
+def test_nothing_outlives_a_killed_service(tmp_path: Path, checkpoint: Path) -> None:
+    service = start(tmp_path)
+    wait_workers(service, 2)
+    job = service.compress(checkpoint, name="interrupted").json()
+    while service.http.get(f"/jobs/{job['id']}").json()["attempt"] == 0:
+        time.sleep(0.02)
+    children = family(service.process.pid)
+    assert len(children) >= 4  # the job's own process is one of them
+    service.stop(signal.SIGKILL)
+    assert gone(children)
+    service = start(tmp_path)  # the queue is on disk: the job goes on
+    try:
+        done = service.wait_job(job["id"])
+        assert (done["state"], done["attempt"]) == ("succeeded", 2)
+    finally:
+        service.stop()
+
+
+def test_a_stop_in_the_middle_of_a_job(tmp_path: Path, checkpoint: Path) -> None:
+    service = start(tmp_path, workers=1)
+    job = service.compress(checkpoint, name="stopped").json()
+    while service.http.get(f"/jobs/{job['id']}").json()["attempt"] == 0:
+        time.sleep(0.02)
+    children = family(service.process.pid)
+    assert service.stop(signal.SIGINT) == 0
+    assert gone(children, 0.5)
+    service = start(tmp_path, workers=1)
+    try:
+        assert service.wait_job(job["id"])["state"] == "succeeded"
+    finally:
+        service.stop()
+
+
+def test_a_taken_port(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        settings = Settings(data_dir=tmp_path, port=taken.getsockname()[1], workers=0, device="cpu")
+        import sys
+
+        process = Process([sys.executable, "-c", SERVE], settings)
+        assert process.process.wait(60) == 1
+        process.stop()
+        assert "address already in use" in process.output()
+        assert "Traceback" not in process.output()
+
+
+def test_the_carried_model_is_queued_once(
+    tmp_path: Path, checkpoint: Path, redis_server: EmbeddedRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "CARRIED_SAM", checkpoint)
+    settings = Settings(data_dir=tmp_path / "data", redis_url=redis_server.url)
+    for _ in range(2):
+        serve.register_carried(settings)
+    connection = serve.connect(settings)
+    (job,) = serve.JobBoard(connection, ArtifactStore(settings.data_dir), settings).list()
+    connection.close()
+    assert job.name == settings.default_model
+    assert [p.name for p in (settings.data_dir / "uploads").iterdir()] == [job.source_sha256]
+
+
+def test_no_carried_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "CARRIED_SAM", tmp_path / "none.pth")
+    serve.register_carried(Settings(data_dir=tmp_path))  # does not even ask for Redis

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import errno
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from hypersam.errors import InvalidName, NameTaken, StoreFull, UnknownModel, UnknownUpload, UploadTooLarge
+from hypersam.settings import Settings
+from hypersam.store import ArtifactStore
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(tmp_path)
+
+
+def register(store: ArtifactStore, name: str, request: str = "r", digest: str = "d") -> None:
+    path = store.work_dir("job") / "model"
+    path.write_bytes(b"artifact")
+    store.register(name, path, digest=digest, request=request, source_sha256="s", report={"ratio": 2.0})
+    store.remove_work("job")
+
+
+def test_an_upload_is_named_by_its_content(store: ArtifactStore) -> None:
+    upload = store.new_upload(100)
+    upload.write(b"hel")
+    upload.write(b"lo")
+    digest = upload.finish()
+    with pytest.raises(UnknownUpload):
+        store.upload(digest)
+    upload.commit()
+    upload.discard()
+    assert store.upload(digest).read_bytes() == b"hello"
+    store.remove_upload(digest)
+    with pytest.raises(UnknownUpload):
+        store.upload(digest)
+
+
+def test_uploads_that_fail_leave_nothing(store: ArtifactStore) -> None:
+    upload = store.new_upload(4)
+    with pytest.raises(UploadTooLarge):
+        upload.write(b"hello")
+    upload.discard()
+    assert not list(store.uploads.iterdir())
+
+
+def test_no_room(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload = store.new_upload(1 << 30)
+
+    class Full:
+        def write(self, data: bytes) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self) -> None:
+            pass
+
+    upload._file.close()
+    monkeypatch.setattr(upload, "_file", Full())
+    with pytest.raises(StoreFull):
+        upload.write(b"x")
+    upload.discard()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../a", "a/b", ".hidden", "-x", "a" * 129, "a\n", "ä"])
+def test_bad_names(store: ArtifactStore, name: str) -> None:
+    with pytest.raises((InvalidName, FileNotFoundError)):
+        store.register(name, store.root / "none", digest="d", request="r", source_sha256="s", report={})
+    assert store.find(name) is None
+    with pytest.raises(UnknownUpload):
+        store.upload(name)
+
+
+def test_registrations(store: ArtifactStore) -> None:
+    register(store, "v1.0_a-b")
+    register(store, "v1.0_a-b")  # the same request again
+    with pytest.raises(NameTaken):
+        register(store, "v1.0_a-b", request="other")
+    register(store, "twin", request="other")
+    assert [record.name for record in store.models()] == ["twin", "v1.0_a-b"]
+    record = store.remove("twin")
+    assert store.artifact(record).is_file()  # the other name still stands for it
+    store.remove("v1.0_a-b")
+    assert not store.artifact(record).exists()
+    with pytest.raises(UnknownModel):
+        store.remove("twin")
+    assert not [path for path in store.root.rglob("*.part")]
+
+
+def test_sweeping_spares_what_is_young(store: ArtifactStore) -> None:
+    old, young = store.new_upload(10), store.new_upload(10)
+    store.work_dir("oldjob")
+    long_ago = time.time() - 1000
+    os.utime(old.path, (long_ago, long_ago))
+    os.utime(store.work / "oldjob", (long_ago, long_ago))
+    store.sweep(500)
+    assert list(store.uploads.iterdir()) == [young.path]
+    assert not list(store.work.iterdir())
+    old.discard()
+    young.discard()
+
+
+def test_settings_reach_a_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = Settings(
+        data_dir=tmp_path, redis_url="unix:///a%20b", workers=3, url_sources=("https://a/", "https://b/"),
+        keep_uploads=True, device="cpu",
+    )  # fmt: skip
+    for name, value in settings.environment().items():
+        monkeypatch.setenv(name, value)
+    assert Settings() == settings
