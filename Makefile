@@ -22,8 +22,8 @@ install: $(STAMP) ## Make .venv with the package, its command `hypersam` and the
 # An environment that is already there is used as it is. The recipe is run again when what it reads changes.
 $(STAMP): pyproject.toml constraints.txt
 	@if [ -n "$(PYTHON)" ] && [ -x $(PY) ]; then \
-		want=$$("$(PYTHON)" -c 'import sys; print(*sys.version_info[:2])'); \
-		have=$$($(PY) -c 'import sys; print(*sys.version_info[:2])' || true); \
+		want=$$("$(PYTHON)" -c 'import sys; print(*sys.version_info[:2], sep=".")'); \
+		have=$$($(PY) -c 'import sys; print(*sys.version_info[:2], sep=".")' || true); \
 		[ "$$want" = "$$have" ] || { echo "$(VENV) was made with another Python ($$have): run 'make distclean' first" >&2; exit 1; }; \
 	fi; \
 	if ! $(PY) -m pip --version >/dev/null 2>&1; then \

@@ -4,11 +4,11 @@ Each index fetches its pair of weights from the layer's table: at most 51 kB wit
 stays in the caches. The closed form of a node would spare the fetch, but only float64 arithmetic gives the
 same bits as the codec's decoding, and that is slow on most GPUs; the table gives them by construction.
 
-A pair holds the weights of columns 2p and 2p + 1, so a tile is multiplied as two products, of the even columns
-and of the odd ones, with no shuffling of decoded weights between threads.
+A pair holds the weights of columns 2p and 2p + 1, so a tile is multiplied as two products, of the even
+columns and of the odd ones, with no shuffling of decoded weights between threads.
 
-The sizes and strides of a layer are run-time arguments, on whose values nothing is specialised: one compiled kernel
-a dtype and a size class of x serves all layers. Also runs in Triton's interpreter (TRITON_INTERPRET=1).
+The sizes and strides of a layer are run-time arguments, on whose values nothing is specialised: one compiled
+kernel a dtype and a size class of x serves all layers. Also runs in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _RUN_TIME = (
 )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=_RUN_TIME)  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=_RUN_TIME)
 def _linear_kernel(  # type: ignore[no-untyped-def]
     x,
     indices,
@@ -103,29 +103,30 @@ def linear(
     """``x`` times the transposed weight, plus ``bias``: (…, out) in ``x``'s dtype. Arguments: see ``naive``.
 
     ``x`` is fp32, fp16 or bf16; a decoded weight is rounded to its dtype, products are summed in fp32 without
-    TF32. ``out``: where to write, (rows of x, out), rows contiguous, of ``x``'s dtype. Raises TypeError for
-    another dtype.
+    TF32. ``out``: where to write, (rows of x, out), contiguous, of ``x``'s dtype. Raises TypeError for another
+    dtype.
     """
     if x.dtype not in SUPPORTED:
         raise TypeError(f"the kernel multiplies {', '.join(map(str, SUPPORTED))}, not {x.dtype}")
-    in_features = x.shape[-1]
-    out_features, points = indices.shape
-    flat = x.reshape(-1, in_features)
-    rows = flat.shape[0]
+    rows = x.reshape(-1, x.shape[-1])
     if out is None:
-        out = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
-    if rows and out_features:
-        blocks = _blocks(rows)
-        tiles = triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(out_features, blocks["BLOCK_OUT"])
-        _linear_kernel[(tiles,)](
-            flat, indices, pairs, _no_bias(pairs) if bias is None else bias.contiguous(), out,
-            rows, out_features, in_features, points,
-            flat.stride(0), flat.stride(1), indices.stride(0), out.stride(0), int(bias is not None),
-            **blocks,
-        )  # fmt: skip
-    return out.view(*x.shape[:-1], out_features)
+        out = torch.empty((rows.shape[0], indices.shape[0]), dtype=x.dtype, device=x.device)
+    fill(out, rows, indices, pairs, bias)
+    return out.view(*x.shape[:-1], indices.shape[0])
 
 
-def _no_bias(pairs: Tensor) -> Tensor:
-    """Something to point at where there is no bias; it is never read."""
-    return pairs.view(torch.float32)
+def fill(out: Tensor, x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None) -> None:
+    """Write the product of a matrix ``x`` (rows, in) of any strides to ``out`` (rows, out), whose columns are dense."""
+    rows, in_features = x.shape
+    out_features, points = indices.shape
+    if rows == 0 or out_features == 0:
+        return
+    blocks = _blocks(rows)
+    tiles = triton.cdiv(rows, blocks["BLOCK_ROWS"]) * triton.cdiv(out_features, blocks["BLOCK_OUT"])
+    # Where there is no bias the kernel gets something to point at, which it never reads.
+    _linear_kernel[(tiles,)](
+        x, indices, pairs, pairs.view(torch.float32) if bias is None else bias.contiguous(), out,
+        rows, out_features, in_features, points,
+        x.stride(0), x.stride(1), indices.stride(0), out.stride(0), int(bias is not None),
+        **blocks,
+    )  # fmt: skip

@@ -1,0 +1,208 @@
+"""From a checkpoint to an artifact and back, and to a model that holds no dense weight."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import json
+from pathlib import Path
+
+import hypersam
+import numpy as np
+import pytest
+import torch
+from hypersam import compression
+from hypersam.errors import ArtifactCorrupt, ArtifactError, CheckpointError, InvalidOption, JobCancelled
+from hypersam.loading import is_artifact, load_model
+from kernels.artifact import open_artifact
+from kernels.codec import BirkhoffConfig, BirkhoffTensor, decode, encode
+from kernels.hyperlinear import HyperLinear
+from torch import nn
+
+from tests.models import TINY, official_sam, save_checkpoint
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, compression.CompressReport]:
+    folder = tmp_path_factory.mktemp("made")
+    source = save_checkpoint(folder / "tiny.pth")
+    target = folder / "tiny.hsam"
+    return source, target, hypersam.compress(source, target)
+
+
+def test_the_report_is_what_can_be_measured(made: tuple[Path, Path, compression.CompressReport]) -> None:
+    source, target, report = made
+    assert report.source_sha256 == hashlib.sha256(source.read_bytes()).hexdigest()
+    assert report.artifact_sha256 == hashlib.sha256(target.read_bytes()).hexdigest()
+    assert report.ratio == source.stat().st_size / target.stat().st_size
+    original = torch.load(source, weights_only=True)
+    with open_artifact(target) as artifact:
+        restored = artifact.state_dict()
+        coded = [n for n in artifact.names() if isinstance(artifact.encoded(n), BirkhoffTensor)]
+    signal = sum(float(original[n].double().square().sum()) for n in coded)
+    error = sum(float((original[n].double() - restored[n].double()).square().sum()) for n in coded)
+    assert report.sqnr_db == pytest.approx(10 * np.log10(signal / error), abs=1e-6)
+    assert report.parameters == sum(t.numel() for t in original.values())
+    assert report.bits_per_weight is not None
+    streams = sum(t.bits_per_weight * np.prod(t.shape) for t in report.tensors if t.encoding != "raw")
+    assert report.bits_per_weight > streams / sum(original[n].numel() for n in coded)
+    json.dumps(report.as_dict())
+
+
+def test_the_artifact_restores_what_the_encoder_said(made: tuple[Path, Path, compression.CompressReport]) -> None:
+    source, target, _ = made
+    sam = official_sam()
+    linear = {f"{n}.weight" for n, m in sam.named_modules() if isinstance(m, nn.Linear)}
+    buffers = {n for n, _ in sam.named_buffers()}
+    original = torch.load(source, weights_only=True)
+    with open_artifact(target) as artifact:
+        restored = artifact.state_dict()
+    assert restored.keys() == original.keys()
+    for name, weight in original.items():
+        expected = decode(encode(weight, BirkhoffConfig(), by_row=name in linear, keep_raw=name in buffers))
+        assert restored[name].dtype == weight.dtype
+        assert torch.equal(restored[name], expected), name
+
+
+def test_the_same_input_gives_the_same_bytes(
+    made: tuple[Path, Path, compression.CompressReport], tmp_path: Path
+) -> None:
+    source, target, _ = made
+    hypersam.compress(source, tmp_path / "again.hsam")
+    assert (tmp_path / "again.hsam").read_bytes() == target.read_bytes()
+
+
+def test_the_loaded_model_holds_no_dense_linear_weight(made: tuple[Path, Path, compression.CompressReport]) -> None:
+    source, target, _ = made
+    gc.collect()
+    model = load_model(target)
+    layers = [m for m in model.network.modules() if isinstance(m, HyperLinear)]
+    linears = [m for m in official_sam().modules() if isinstance(m, nn.Linear)]
+    assert len(layers) == len(linears)
+    assert not [m for m in model.network.modules() if isinstance(m, nn.Linear)]
+    shapes = {(m.out_features, m.in_features) for m in layers}
+    image = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)
+    predictor = hypersam.load(target)
+    predictor.set_image(image)
+    predictor.predict(box=np.array([5, 5, 40, 40]))
+    for held in (model.network, predictor.model.network):
+        for layer in held.modules():
+            if isinstance(layer, HyperLinear):
+                for tensor in [*layer.parameters(), *layer.buffers(), *vars(layer).values()]:
+                    if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+                        assert tuple(tensor.shape) not in shapes
+    dense = sum(m.weight.nbytes for m in linears)
+    held_bytes = sum(t.nbytes for m in layers for n, t in [*m.named_buffers()] if "ind" in n or t.dtype == torch.int16)
+    assert held_bytes <= 0.27 * dense  # int16 a pair of fp32 weights, and the odd column
+
+
+def test_masks_from_compressed_weights_are_those_of_the_decoded_ones(
+    made: tuple[Path, Path, compression.CompressReport], tmp_path: Path
+) -> None:
+    _, target, _ = made
+    with open_artifact(target) as artifact:
+        torch.save(artifact.state_dict(), tmp_path / "decoded.pth")
+    compressed, dense = hypersam.load(target), hypersam.load(tmp_path / "decoded.pth")
+    image = np.random.default_rng(1).integers(0, 256, (70, 40, 3), dtype=np.uint8)
+    for predictor in (compressed, dense):
+        predictor.set_image(image)
+    a = compressed.get_image_embedding()
+    b = dense.get_image_embedding()
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+    point = {"point_coords": np.array([[20, 30]]), "point_labels": np.array([1])}
+    x = compressed.predict(**point, return_logits=True)
+    y = dense.predict(**point, return_logits=True)
+    for got, want in zip(x, y, strict=True):
+        assert np.abs(got - want).max() < 1e-3 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_checkpoints_keep_their_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    state = {k: v.to(dtype) for k, v in official_sam().state_dict().items()}
+    torch.save({"model": state}, tmp_path / "half.pth")
+    hypersam.compress(tmp_path / "half.pth", tmp_path / "half.hsam")
+    with open_artifact(tmp_path / "half.hsam") as artifact:
+        assert {t.dtype for t in artifact.state_dict().values()} == {dtype}
+    hypersam.load(tmp_path / "half.hsam").set_image(np.zeros((20, 30, 3), np.uint8))
+
+
+def test_progress_counts_up_to_all_bytes(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "a.pth")
+    told: list[compression.Progress] = []
+    hypersam.compress(source, tmp_path / "a.hsam", progress=told.append)
+    stages = list(dict.fromkeys(p.stage for p in told))
+    assert stages == ["reading", "encoding", "writing", "verifying"]
+    encoding = [p for p in told if p.stage == "encoding"]
+    assert encoding[-1].done == encoding[-1].total
+    assert [p.done for p in encoding] == sorted(p.done for p in encoding)
+    assert len({p.done for p in encoding}) > 50
+
+
+@pytest.mark.parametrize("stage", ["reading", "encoding", "writing", "verifying"])
+def test_stopping_leaves_nothing_behind(tmp_path: Path, stage: str) -> None:
+    source = save_checkpoint(tmp_path / "a.pth")
+
+    def stop(progress: compression.Progress) -> None:
+        if progress.stage == stage:
+            raise JobCancelled("stop")
+
+    with pytest.raises(JobCancelled):
+        hypersam.compress(source, tmp_path / "a.hsam", progress=stop)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+
+
+@pytest.mark.parametrize(
+    ("codec", "options", "named"),
+    [
+        ("jpeg", {}, "birkhoff"),
+        ("birkhoff", {"sides": 1}, "side"),
+        ("birkhoff", {"side": -1}, "side"),
+        ("birkhoff", {"side": "wide"}, "side"),
+        ("birkhoff", {"nodes": [1000]}, "squares"),
+        ("birkhoff", {"max_classes": 0}, "max_classes"),
+        ("birkhoff", {"nodes": None}, "birkhoff"),
+    ],
+)
+def test_unknown_codecs_and_options_are_refused(codec: str, options: dict[str, object], named: str) -> None:
+    with pytest.raises(InvalidOption, match=named):
+        compression.check_options(codec, options)
+
+
+def test_an_artifact_is_no_checkpoint(made: tuple[Path, Path, compression.CompressReport], tmp_path: Path) -> None:
+    _, target, _ = made
+    assert is_artifact(target)
+    with pytest.raises(InvalidOption, match="already"):
+        hypersam.compress(target, tmp_path / "b.hsam")
+
+
+def test_damage_anywhere_is_found_at_load(
+    made: tuple[Path, Path, compression.CompressReport], tmp_path: Path
+) -> None:
+    _, target, _ = made
+    data = bytearray(target.read_bytes())
+    header = 8 + int.from_bytes(data[:8], "little")
+    broken = tmp_path / "broken.hsam"
+    rng = np.random.default_rng(0)
+    for position in [*rng.integers(header, len(data), 25), header, len(data) - 1]:
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << int(rng.integers(8))
+        broken.write_bytes(flipped)
+        with pytest.raises(ArtifactCorrupt, match=r"image_encoder|prompt_encoder|mask_decoder"):
+            hypersam.load(broken)
+    for position in rng.integers(8, header, 40):
+        flipped = bytearray(data)
+        flipped[position] ^= 1 << int(rng.integers(8))
+        broken.write_bytes(flipped)
+        with pytest.raises((ArtifactError, CheckpointError)):
+            hypersam.load(broken)
+
+
+def test_the_description_agrees_with_the_report(made: tuple[Path, Path, compression.CompressReport]) -> None:
+    _, target, report = made
+    found = compression.describe_artifact(target)
+    for name in ("variant", "codec", "ratio", "bits_per_weight", "parameters", "encoded_share"):
+        assert found[name] == getattr(report, name)
+    assert found["sqnr_db"] == pytest.approx(report.sqnr_db)
+    assert found["source"]["sha256"] == report.source_sha256
+    assert found["sha256"] == report.artifact_sha256
+    assert TINY.image == found["config"]["image_size"]
