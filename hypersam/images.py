@@ -14,7 +14,7 @@ from pycocotools import mask as coco
 from hypersam.errors import ImageError, ImageTooLarge
 
 MAX_PIXELS = 64_000_000
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF", "MPO")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -38,7 +38,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(f"the picture is too large: {error}") from error
     except UnidentifiedImageError as error:
-        names = ", ".join(_FORMATS[:-1])
+        names = ", ".join(_FORMATS)
         raise ImageError(f"the file is no picture that can be read; accepted are {names}") from error
     except (
         OSError,

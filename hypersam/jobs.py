@@ -17,11 +17,11 @@ from typing import Any
 
 from redis import Redis
 from redis.exceptions import LockError
-from rq import Queue, Retry
+from rq import Queue, Retry, worker_registration
 from rq.exceptions import DuplicateJobError, InvalidJobOperation, NoSuchJobError
 from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
-from rq.worker import Worker
+from rq.utils import utcparse
 
 from hypersam.errors import NameTaken, Overloaded, Unavailable, UnknownJob
 from hypersam.settings import Settings
@@ -235,15 +235,11 @@ class JobBoard:
 
     def workers(self) -> int:
         """How many workers listen to the queue and have given a sign of life lately."""
-        silence = 3 * self.settings.worker_heartbeat + 5
-        count = 0
-        for worker in Worker.all(queue=self.queue, serializer=JSONSerializer):
-            beat = worker.last_heartbeat
-            if beat is not None and beat.tzinfo is None:
-                beat = beat.replace(tzinfo=UTC)
-            if beat is not None and (datetime.now(UTC) - beat).total_seconds() < silence:
-                count += 1
-        return count
+        oldest = datetime.now(UTC).timestamp() - (3 * self.settings.worker_heartbeat + 5)
+        # Not by Worker.all(), which would raise the time-outs of this connection to minutes.
+        keys = worker_registration.get_keys(queue=self.queue)
+        beats: list[Any] = [self.connection.hget(key, "last_heartbeat") for key in keys]
+        return sum(utcparse(beat.decode()).timestamp() > oldest for beat in beats if beat is not None)
 
     def _fetch(self, job_id: str) -> Job | None:
         try:

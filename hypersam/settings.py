@@ -54,7 +54,8 @@ class Settings(BaseSettings):
     upload_retention: PositiveInt = Field(DAY, description="age at which an upload that no job wants goes")
     url_sources: tuple[str, ...] = Field((), description="prefixes of the URLs that workers may download")
 
-    default_model: Name = "small_sam"
+    default_model: Name = Field("small_sam", description="the name of the small SAM that the package carries")
+    register_default: bool = Field(True, description="queue that model's compression at the first start")
     log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"
 
     def environment(self) -> dict[str, str]:

@@ -178,9 +178,7 @@ class ArtifactStore:
             existing = self.find(name)
             if existing is not None:
                 if existing.request != request:
-                    raise NameTaken(
-                        f"the name {name!r} belongs to another model; delete that one or choose another"
-                    )
+                    raise NameTaken(f"the name {name!r} belongs to another model; delete that one or choose another")
                 return existing
             record = ModelRecord(
                 name=name, digest=digest, bytes=artifact.stat().st_size, request=request,

@@ -79,9 +79,7 @@ def write(
             raise ArtifactError(f"a tensor cannot be named {name!r}")
         streams[name], record = _record(name, tensors[name])
         records.append(record)
-    header = _canonical(
-        {"codec": codec, "model": model, "source": source, "report": report, "tensors": records}
-    )
+    header = _canonical({"codec": codec, "model": model, "source": source, "report": report, "tensors": records})
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -157,7 +155,7 @@ def _pieces(tensor: Tensor) -> Iterator[memoryview]:
     """The bytes of a tensor in pieces, without a copy where it is contiguous and on the CPU."""
     data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     for start in range(0, data.size, _HASH_STEP):
-        yield memoryview(data[start : start + _HASH_STEP])
+        yield data[start : start + _HASH_STEP].data
 
 
 def _sha256(tensor: Tensor) -> str:
@@ -346,7 +344,9 @@ def _parse_record(record: Mapping[str, Any]) -> TensorRecord:
         raise ValueError(f"the shape of {record['name']}")
     known = ("name", "shape", "dtype", "encoding", "sha256")
     constants = {key: value for key, value in record.items() if key not in known}
-    return TensorRecord(str(record["name"]), shape, _DTYPES[record["dtype"]], encoding, str(record["sha256"]), constants)
+    return TensorRecord(
+        str(record["name"]), shape, _DTYPES[record["dtype"]], encoding, str(record["sha256"]), constants
+    )
 
 
 def _birkhoff_constants(constants: Mapping[str, Any]) -> dict[str, Any]:

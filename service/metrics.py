@@ -34,9 +34,7 @@ class Metrics:
         self.waiting = Gauge("hypersam_jobs_waiting", "Jobs that wait for a worker", registry=self.registry)
         self.workers = Gauge("hypersam_workers", "Workers that gave a sign of life", registry=self.registry)
         self.resident = Gauge("hypersam_resident_bytes", "Bytes of models in memory", registry=self.registry)
-        self.cached = Gauge(
-            "hypersam_embedding_bytes", "Bytes of embeddings in memory", registry=self.registry
-        )
+        self.cached = Gauge("hypersam_embedding_bytes", "Bytes of embeddings in memory", registry=self.registry)
 
     def segmented(self, timings: Mapping[str, float], *, cached: bool) -> None:
         """Count one segmentation; ``timings`` are milliseconds."""

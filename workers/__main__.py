@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 from hypersam.embedded_redis import die_with_parent
@@ -19,7 +20,8 @@ def main() -> int:
     logging.basicConfig(level=settings.log_level.upper(), format=form)
     parent = os.environ.pop("HYPERSAM_PARENT", None)
     if parent is not None:
-        die_with_parent()
+        # At once: a worker that waits for its job to end would outlive the service by as long.
+        die_with_parent(signal.SIGKILL)
         if os.getppid() != int(parent):  # it died before the request above was in force
             return 1
     try:

@@ -143,7 +143,7 @@ def serve_command(
     except ValidationError as error:
         first = error.errors()[0]
         raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    serve(settings)
+    raise typer.Exit(serve(settings))
 
 
 def main() -> None:

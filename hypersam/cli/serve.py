@@ -41,9 +41,7 @@ class WorkerPool:
         self._environment = {**os.environ, **settings.environment(), "HYPERSAM_PARENT": str(os.getpid())}
         self._stopping = threading.Event()
         self._slots: list[subprocess.Popen[bytes] | None] = [None] * count
-        self._threads = [
-            threading.Thread(target=self._keep, args=(slot,), daemon=True) for slot in range(count)
-        ]
+        self._threads = [threading.Thread(target=self._keep, args=(slot,), daemon=True) for slot in range(count)]
 
     def start(self) -> None:
         """Start the workers and those who watch them."""
@@ -84,9 +82,7 @@ class WorkerPool:
             status = process.wait()
             if self._stopping.is_set():
                 return
-            log.warning(
-                "worker %d (pid %d) ended with status %d; starting another", slot, process.pid, status
-            )
+            log.warning("worker %d (pid %d) ended with status %d; starting another", slot, process.pid, status)
             if time.monotonic() - began > _STEADY_SECONDS:
                 pause = _RESTART_SECONDS[0]
             self._stopping.wait(pause)
@@ -95,7 +91,7 @@ class WorkerPool:
 
 def register_carried(settings: Settings) -> None:
     """Queue the compression of the small SAM that the package carries, unless its name is in use."""
-    if not CARRIED_SAM.is_file():
+    if not settings.register_default or not CARRIED_SAM.is_file():
         return
     store = ArtifactStore(settings.data_dir)
     if store.find(settings.default_model) is not None:

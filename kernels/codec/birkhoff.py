@@ -41,7 +41,7 @@ class _Plane:
         square = geometry.Square(centre, side)
         radius = 0.0
         positions = []
-        for part in chunks(points.shape[0], points.device):
+        for part in chunks(points.shape[0], points.device, columns=2):
             x, y = (axis.contiguous() for axis in points[part].unbind(1))
             radius = max(radius, _largest_distance(x, y, centre))
             positions.append(square.outside(x, y).nonzero().squeeze(1))
@@ -52,7 +52,7 @@ class _Plane:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """The chunks, and the positions outside in each."""
-        return zip(chunks(self.points.shape[0], self.points.device), self.outside, strict=True)
+        return zip(chunks(self.points.shape[0], self.points.device, columns=2), self.outside, strict=True)
 
     def positions(self) -> Tensor:
         """The positions outside from the first point, int64 (m,)."""
@@ -78,10 +78,7 @@ def _absolute_error(table: Tensor, index: Tensor, points: Tensor) -> Tensor:
     """|p̂ − p| of both coordinates, fp32 (n, 2)."""
     decoded = torch.empty_like(points)
     _gather(table, index, decoded)
-    # Two columns a point would pass torch's threshold for threads; half at a time does not.
-    for values, true in zip(decoded.chunk(2), points.chunk(2), strict=True):
-        values.sub_(true).abs_()
-    return decoded
+    return decoded.sub_(points).abs_()
 
 
 class _Search:
@@ -126,10 +123,13 @@ class _Search:
         """Index (int32) of the points outside with K ``classes``, and the sum of their absolute errors."""
         plane = self._plane
         radii = geometry.class_radii(self._config.side, plane.radius, classes)
-        number, drawn = geometry.draw_in(plane.offsets, plane.distance, plane.centre, radii)
+        drawn = torch.empty_like(points)
+        number = torch.empty(points.shape[0], dtype=torch.int32, device=points.device)
+        for part in chunks(points.shape[0], points.device, columns=2):
+            number[part], drawn[part] = geometry.draw_in(plane.offsets[part], plane.distance[part], plane.centre, radii)
         index = self._find(drawn).add_(number, alpha=self._nodes)
         absolute = 0.0
-        for part in chunks(index.numel(), index.device):
+        for part in chunks(points.shape[0], points.device, columns=2):
             absolute += geometry.stable_sum(_absolute_error(table, index[part], points[part]))
         return index, absolute
 

@@ -59,9 +59,7 @@ def encode(weight: Tensor, config: BirkhoffConfig, *, by_row: bool, keep_raw: bo
             number = torch.zeros(plane.shape[0], dtype=torch.int64)
             if classes:
                 radii = geometry.class_radii(config.side, radius, classes)
-                number[outside], drawn[outside] = geometry.draw_in(
-                    offsets[outside], distance[outside], centre, radii
-                )
+                number[outside], drawn[outside] = geometry.draw_in(offsets[outside], distance[outside], centre, radii)
             index = number * count + nearest(drawn, table)
             pairs = geometry.pair_table(centre, config.side, radius, count, classes)
             error = geometry.stable_sum((pairs[index] - plane).abs()) / plane.numel()

@@ -38,9 +38,9 @@ _ROUNDING = 1.5 * 2.0**23
 _MAX_OFFSET = 0.02
 
 
-def chunks(count: int, device: torch.device) -> Iterator[slice]:
-    """The positions 0 … count − 1 in pieces that suit the device."""
-    step = _CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK
+def chunks(count: int, device: torch.device, *, columns: int = 1) -> Iterator[slice]:
+    """The positions 0 … count − 1 in pieces that suit the device, for tensors of ``columns`` numbers a position."""
+    step = (_CPU_CHUNK if device.type == "cpu" else _GPU_CHUNK) // columns
     return (slice(start, min(start + step, count)) for start in range(0, count, step))
 
 
@@ -74,11 +74,13 @@ class NodeFinder:
         theta = torch.empty(points.shape[0], dtype=torch.int32, device=points.device)
         doubtful = [points.new_empty(0, dtype=torch.int64)]
         for part in chunks(points.shape[0], points.device):
-            narrow = self._guess(*points[part].unbind(1), theta[part])
+            x, y = points[part].unbind(1)
+            narrow = self._guess(x, y, theta[part])
             doubtful.append(narrow.nonzero().squeeze(1).add_(part.start))
         anew = torch.cat(doubtful)
         for part in chunks(anew.numel(), points.device):
-            theta[anew[part]] = self._settle(*points[anew[part]].unbind(1))
+            x, y = points[anew[part]].unbind(1)
+            theta[anew[part]] = self._settle(x, y)
         return theta
 
     def _guess(self, x: Tensor, y: Tensor, theta: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ MAX_BITS = 16
 _GROUP = 8
 # Groups handled at once: the columns stay in the cache and below torch's threshold for threads, whose
 # barriers cost more than the work when the cores are shared.
-_GROUPS_PER_CHUNK = 1 << 14
+_GROUPS_PER_CHUNK = 2000
 
 
 def stream_bytes(count: int, bits: int) -> int:

@@ -41,9 +41,7 @@ def linear(
     return out.view(*x.shape[:-1], out_features).to(x.dtype)
 
 
-def _fill(
-    out: Tensor, rows: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None, scratch_bytes: int
-) -> None:
+def _fill(out: Tensor, rows: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None, scratch_bytes: int) -> None:
     in_features = rows.shape[1]
     out_features, points = indices.shape
     block = min(out_features, max(1, scratch_bytes // (points * 8)))

@@ -48,6 +48,7 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_POINTS: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):
     """One tile of the output, BLOCK_ROWS × BLOCK_OUT, over all columns."""
     tile = tl.program_id(0)
@@ -79,8 +80,13 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
             mask=row_in[:, None] & (2 * point[None, :] + 1 < in_features),
             other=0.0,
         )
-        total = tl.dot(x_even, even.to(x_even.dtype), total, input_precision="ieee")
-        total = tl.dot(x_odd, odd.to(x_odd.dtype), total, input_precision="ieee")
+        w_even = even.to(x_even.dtype)
+        w_odd = odd.to(x_odd.dtype)
+        if WIDEN:
+            x_even, w_even = x_even.to(tl.float32), w_even.to(tl.float32)
+            x_odd, w_odd = x_odd.to(tl.float32), w_odd.to(tl.float32)
+        total = tl.dot(x_even, w_even, total, input_precision="ieee")
+        total = tl.dot(x_odd, w_odd, total, input_precision="ieee")
     # has_bias is a run-time flag, so that layers with and without a bias share a kernel.
     total += tl.load(bias + column, mask=column_in & (has_bias != 0), other=0.0).to(tl.float32)[None, :]
     tl.store(
@@ -90,6 +96,11 @@ def _linear_kernel(  # type: ignore[no-untyped-def]
     )
 
 
+# Triton's interpreter multiplies the bit patterns of bf16 operands as integers, so there they are widened once
+# they are rounded. The products are the same: those of two bf16 numbers are exact in fp32.
+_INTERPRETED = not isinstance(_linear_kernel, triton.JITFunction)
+
+
 def _blocks(rows: int) -> dict[str, Any]:
     """Tile sizes for a number of rows of x: few rows (prompts, decoder tokens) or many (image tokens)."""
     if rows <= 32:
@@ -97,9 +108,7 @@ def _blocks(rows: int) -> dict[str, Any]:
     return {"BLOCK_ROWS": 64, "BLOCK_OUT": 64, "BLOCK_POINTS": 32, "num_warps": 4}
 
 
-def linear(
-    x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None, *, out: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
     """``x`` times the transposed weight, plus ``bias``: (…, out) in ``x``'s dtype. Arguments: see ``naive``.
 
     ``x`` is fp32, fp16 or bf16; a decoded weight is rounded to its dtype, products are summed in fp32 without
@@ -128,5 +137,5 @@ def fill(out: Tensor, x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | 
         x, indices, pairs, pairs.view(torch.float32) if bias is None else bias.contiguous(), out,
         rows, out_features, in_features, points,
         x.stride(0), x.stride(1), indices.stride(0), out.stride(0), int(bias is not None),
-        **blocks,
+        **blocks, WIDEN=_INTERPRETED and x.dtype == torch.bfloat16,
     )  # fmt: skip

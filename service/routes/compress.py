@@ -125,9 +125,7 @@ def _spec(fields: CompressFields, digest: str, default_name: str) -> JobSpec:
     options = check_options(fields.codec, fields.options)
     for name in ("preset", "target_ratio", "max_error"):
         if getattr(fields, name) is not None:
-            raise InvalidOption(
-                f"{fields.codec} has no {name}; it takes options: {', '.join(sorted(options))}"
-            )
+            raise InvalidOption(f"{fields.codec} has no {name}; it takes options: {', '.join(sorted(options))}")
     if fields.variant is not None and fields.variant not in known_variants():
         raise InvalidOption(f"unknown variant {fields.variant[:64]!r}; known: {', '.join(known_variants())}")
     name = fields.name or (default_name if NAME.fullmatch(default_name) else digest[:12])

@@ -34,9 +34,7 @@ async def get_job(job_id: str, state: StateDep) -> Job:
     return Job.of(await to_thread.run_sync(state.jobs.get, job_id))
 
 
-@router.delete(
-    "/{job_id}", response_model=Job, responses={204: {"description": "an ended job was forgotten"}}
-)
+@router.delete("/{job_id}", response_model=Job, responses={204: {"description": "an ended job was forgotten"}})
 async def delete_job(job_id: str, state: StateDep) -> Response | Job:
     """Cancel a job that waits or runs (a running one stops within moments); forget one that has ended."""
     view = await to_thread.run_sync(state.jobs.cancel, job_id)
@@ -58,9 +56,7 @@ async def watch_job(
     return EventSourceResponse(_events(request, state, first, last_event_id), ping=15)
 
 
-async def _events(
-    request: Request, state: State, view: JobView, seen: str | None
-) -> AsyncIterator[ServerSentEvent]:
+async def _events(request: Request, state: State, view: JobView, seen: str | None) -> AsyncIterator[ServerSentEvent]:
     while True:
         if view.version != seen:
             seen = view.version

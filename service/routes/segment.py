@@ -116,9 +116,7 @@ async def segment(request: Request, state: StateDep) -> Response:
     received = time.perf_counter()
     model, image = await to_thread.run_sync(_prepare, state, asked)
     decoded = time.perf_counter()
-    result = await state.engine.segment(
-        model, image, asked.prompts, multimask=asked.multimask, image_id=asked.image_id
-    )
+    result = await state.engine.segment(model, image, asked.prompts, multimask=asked.multimask, image_id=asked.image_id)
     segmented = time.perf_counter()
     as_png = request.headers.get("accept", "").partition(";")[0].strip() == "image/png"
     if as_png and len(result.masks) != 1:
@@ -150,9 +148,7 @@ def _prepare(state: State, asked: _Asked) -> tuple[ModelFile, NDArray[np.uint8] 
     path = state.store.artifact(record)
     if not path.is_file():
         raise UnknownModel(f"the artifact of {asked.model!r} is gone from the data folder")
-    image = (
-        None if asked.image is None else decode_image(asked.image, max_pixels=state.settings.max_image_pixels)
-    )
+    image = None if asked.image is None else decode_image(asked.image, max_pixels=state.settings.max_image_pixels)
     return ModelFile(record.name, path, record.digest), image
 
 
@@ -231,9 +227,7 @@ def _parse_json(body: bytes, settings: Settings) -> _Asked:
     image = None if wanted.image is None else decode_base64(wanted.image)
     if image is not None and len(image) > settings.max_image_bytes:
         raise ImageTooLarge(f"the image has more than the {settings.max_image_bytes} bytes accepted")
-    return _asked(
-        wanted.model, image, wanted.image_id, wanted.prompts, wanted.multimask, wanted.format, settings
-    )
+    return _asked(wanted.model, image, wanted.image_id, wanted.prompts, wanted.multimask, wanted.format, settings)
 
 
 def _asked(

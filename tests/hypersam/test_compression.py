@@ -7,18 +7,18 @@ import hashlib
 import json
 from pathlib import Path
 
-import hypersam
 import numpy as np
 import pytest
 import torch
+from torch import nn
+
+import hypersam
 from hypersam import compression
 from hypersam.errors import ArtifactCorrupt, ArtifactError, CheckpointError, InvalidOption, JobCancelled
 from hypersam.loading import is_artifact, load_model
 from kernels.artifact import open_artifact
 from kernels.codec import BirkhoffConfig, BirkhoffTensor, decode, encode
 from kernels.hyperlinear import HyperLinear
-from torch import nn
-
 from tests.models import TINY, official_sam, save_checkpoint
 
 
@@ -73,7 +73,7 @@ def test_the_same_input_gives_the_same_bytes(
 
 
 def test_the_loaded_model_holds_no_dense_linear_weight(made: tuple[Path, Path, compression.CompressReport]) -> None:
-    source, target, _ = made
+    _, target, _ = made
     gc.collect()
     model = load_model(target)
     layers = [m for m in model.network.modules() if isinstance(m, HyperLinear)]
@@ -175,9 +175,7 @@ def test_an_artifact_is_no_checkpoint(made: tuple[Path, Path, compression.Compre
         hypersam.compress(target, tmp_path / "b.hsam")
 
 
-def test_damage_anywhere_is_found_at_load(
-    made: tuple[Path, Path, compression.CompressReport], tmp_path: Path
-) -> None:
+def test_damage_anywhere_is_found_at_load(made: tuple[Path, Path, compression.CompressReport], tmp_path: Path) -> None:
     _, target, _ = made
     data = bytearray(target.read_bytes())
     header = 8 + int.from_bytes(data[:8], "little")

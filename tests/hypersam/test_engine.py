@@ -7,14 +7,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypersam
 import numpy as np
 import pytest
+
+import hypersam
 from hypersam.compression import compress
 from hypersam.engine import Engine, ModelFile, Prompt, bounding_box, image_id_of
 from hypersam.errors import Overloaded, PromptError, UnknownImage
 from hypersam.settings import Settings
-
 from tests.models import TINY, ModelSize, save_checkpoint
 
 POINT = Prompt(points=((20.0, 30.0),), labels=(1,))
@@ -139,9 +139,7 @@ def test_the_event_loop_stays_free_while_an_encoder_runs(tmp_path: Path) -> None
 
     async def watch() -> tuple[float, int]:
         began = time.perf_counter()
-        running = asyncio.gather(
-            *(engine.segment(file, picture(seed), [POINT], multimask=True) for seed in range(3))
-        )
+        running = asyncio.gather(*(engine.segment(file, picture(seed), [POINT], multimask=True) for seed in range(3)))
         ticks = 0
         while not running.done():
             await asyncio.sleep(0.005)

@@ -155,7 +155,7 @@ def test_opening_without_verifying_reads_the_header_alone(tmp_path: Path) -> Non
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + size)
     script = (
-        "import sys, resource; from pathlib import Path; from kernels import open_artifact;"
+        "import sys, resource; from pathlib import Path; from kernels.artifact import open_artifact;"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "open_artifact(Path(sys.argv[1]), verify=False);"
         "sys.exit(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before > 50_000)"
@@ -195,7 +195,7 @@ def test_appended_to(path: Path) -> None:
 
 def test_other_version(path: Path) -> None:
     rewrite(path, lambda metadata, header: metadata.update(format_version="2"))
-    with pytest.raises(ArtifactVersion, match="version 2.*reads version 1") as caught:
+    with pytest.raises(ArtifactVersion, match=r"version 2.*reads version 1") as caught:
         open_artifact(path)
     assert caught.value.code == "artifact_version"
 
@@ -251,13 +251,13 @@ def test_stream_missing(path: Path) -> None:
 
 def test_unknown_encoding(path: Path) -> None:
     rewrite(path, lambda metadata, header: record(header, "bias").update(encoding="orbit"))
-    with pytest.raises(ArtifactVersion, match="bias.*orbit"):
+    with pytest.raises(ArtifactVersion, match=r"bias.*orbit"):
         open_artifact(path)
 
 
 def test_index_that_names_no_pair(path: Path) -> None:
     rewrite(path, lambda metadata, header: record(header, "a.weight").update(nodes=64))
-    with open_artifact(path) as opened, pytest.raises(ArtifactCorrupt, match="a.weight: index"):
+    with open_artifact(path) as opened, pytest.raises(ArtifactCorrupt, match=r"a\.weight: index"):
         opened.state_dict()
 
 
@@ -278,7 +278,7 @@ def test_a_failed_write_leaves_what_was_there(path: Path, monkeypatch: pytest.Mo
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(artifact_module.os, "fsync", full)
+    monkeypatch.setattr("kernels.artifact.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         write(path, {}, **HEADER)
     assert path.read_bytes() == before

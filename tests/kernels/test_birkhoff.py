@@ -71,7 +71,23 @@ def test_equals_the_comparison_with_every_node(
         (torch.randn(30, 41) * 0.03).double(),
         (torch.randn(41, 30) * 0.03).t(),
     ],
-    ids="zeros constant column-far column far1 far1000 far1e5 huge tiny sparse lattice fp16 bf16 fp64 strided".split(),
+    ids=[
+        "zeros",
+        "constant",
+        "column-far",
+        "column",
+        "far1",
+        "far1000",
+        "far1e5",
+        "huge",
+        "tiny",
+        "sparse",
+        "lattice",
+        "fp16",
+        "bf16",
+        "fp64",
+        "strided",
+    ],
 )
 @pytest.mark.parametrize("config", [PUBLISHED, ANYTHING, BirkhoffConfig(nodes=(4, 64, 81), raw_above=1e38)])
 def test_unusual_tensors(weight: Tensor, config: BirkhoffConfig) -> None:
@@ -139,7 +155,8 @@ def test_the_description_in_plain_python() -> None:
     radii = [half, half + (radius - half) / 2, radius]
     expected, total = [], 0.0
     for point in points:
-        number, place = 0, point
+        number = 0
+        place: tuple[float, ...] = point
         if max(abs(p - c) for p, c in zip(point, centre, strict=True)) > half:
             number = 1 if math.dist(point, centre) <= radii[1] else 2
             place = tuple(
@@ -155,10 +172,10 @@ def test_the_description_in_plain_python() -> None:
     config = BirkhoffConfig(nodes=(count,), max_classes=classes, target_error=1e-9)
     encoded = birkhoff.encode(weight, config, by_row=True)
     assert isinstance(encoded, BirkhoffTensor)
-    if encoded.classes == classes:
-        assert birkhoff.unpack_indices(encoded).view(-1).tolist() == expected
-        assert encoded.mean_error == pytest.approx(total / (2 * len(points)), rel=1e-5)
-        assert encoded.bits == max(expected).bit_length()
+    assert encoded.classes == classes
+    assert birkhoff.unpack_indices(encoded).view(-1).tolist() == expected
+    assert encoded.mean_error == pytest.approx(total / (2 * len(points)), rel=1e-5)
+    assert encoded.bits == max(expected).bit_length()
 
 
 def test_search_order() -> None:
@@ -203,7 +220,7 @@ def test_padding() -> None:
         torch.tensor([1e300] + [0.0] * 19, dtype=torch.float64),
         torch.randn(20, 20),
     ],
-    ids="int bool few scalar empty nan inf over-fp32 coarse".split(),
+    ids=["int", "bool", "few", "scalar", "empty", "nan", "inf", "over-fp32", "coarse"],
 )
 def test_stored_as_it_is(weight: Tensor) -> None:
     encoded = both(weight, PUBLISHED, by_row=False)

@@ -26,7 +26,7 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """The whole service with one worker and small limits."""
     settings = Settings(
         data_dir=tmp_path_factory.mktemp("data"), port=0, workers=1, worker_heartbeat=2, device="cpu",
-        max_upload_bytes=32 << 20, max_image_bytes=1 << 20, max_image_pixels=500_000, default_model="carried",
+        max_upload_bytes=32 << 20, max_image_bytes=1 << 20, max_image_pixels=500_000, register_default=False,
         keep_uploads=True,
     )  # fmt: skip
     service = Api(settings)

@@ -21,7 +21,12 @@ from PIL import Image
 from hypersam.settings import Settings
 
 ROOT = Path(__file__).parents[2]
-SERVE = "import sys; from hypersam.cli.serve import serve; from hypersam.settings import Settings; sys.exit(serve(Settings()))"
+SERVE = """
+import sys
+from hypersam.cli.serve import serve
+from hypersam.settings import Settings
+sys.exit(serve(Settings()))
+"""
 START_TIMEOUT = 120.0
 JOB_TIMEOUT = 90.0
 

@@ -39,7 +39,13 @@ def test_the_distributed_form_tells_the_truth(tmp_path: Path) -> None:
     redis = EmbeddedRedis(tmp_path / "elsewhere")
     redis.start()
     settings = Settings(
-        data_dir=tmp_path / "data", redis_url=redis.url, port=0, workers=0, worker_heartbeat=1, device="cpu"
+        data_dir=tmp_path / "data",
+        redis_url=redis.url,
+        port=0,
+        workers=0,
+        worker_heartbeat=1,
+        device="cpu",
+        register_default=False,
     )
     service = Api(settings)
     try:

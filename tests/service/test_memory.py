@@ -20,7 +20,7 @@ def test_a_large_upload_does_not_grow_the_process(tmp_path: Path) -> None:
     """600 MB, or 2.6 GB with HYPERSAM_TEST_FULL_UPLOAD=1. The file is a legacy pickle by its first bytes only."""
     if shutil.disk_usage(tmp_path).free < 2 * SIZE:
         pytest.skip("not enough room on the disk")
-    settings = Settings(data_dir=tmp_path / "data", port=0, workers=0, device="cpu", default_model="carried")
+    settings = Settings(data_dir=tmp_path / "data", port=0, workers=0, device="cpu", register_default=False)
     service = Api(settings)
     try:
         process = psutil.Process(service.process.pid)

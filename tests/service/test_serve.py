@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -32,7 +33,15 @@ def gone(processes: list[psutil.Process], timeout: float = 15) -> bool:
 
 
 def start(tmp_path: Path, **options: object) -> Api:
-    given = {"data_dir": tmp_path / "data", "port": 0, "workers": 2, "worker_heartbeat": 1, "device": "cpu", **options}
+    given = {
+        "data_dir": tmp_path / "data",
+        "port": 0,
+        "workers": 2,
+        "worker_heartbeat": 1,
+        "device": "cpu",
+        "register_default": False,
+        **options,
+    }
     return Api(Settings(**given))  # type: ignore[arg-type]
 
 
@@ -110,11 +119,11 @@ def test_a_stop_in_the_middle_of_a_job(tmp_path: Path, checkpoint: Path) -> None
 
 def test_a_taken_port(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        settings = Settings(data_dir=tmp_path, port=taken.getsockname()[1], workers=0, device="cpu")
-        import sys
-
+        settings = Settings(
+            data_dir=tmp_path, port=taken.getsockname()[1], workers=0, device="cpu", register_default=False
+        )
         process = Process([sys.executable, "-c", SERVE], settings)
-        assert process.process.wait(60) == 1
+        assert process.process.wait(60) not in (0, None)
         process.stop()
         assert "address already in use" in process.output()
         assert "Traceback" not in process.output()

@@ -86,7 +86,7 @@ def test_registrations(store: ArtifactStore) -> None:
     assert not store.artifact(record).exists()
     with pytest.raises(UnknownModel):
         store.remove("twin")
-    assert not [path for path in store.root.rglob("*.part")]
+    assert not list(store.root.rglob("*.part"))
 
 
 def test_sweeping_spares_what_is_young(store: ArtifactStore) -> None:

@@ -1,0 +1,150 @@
+"""The command line, run as a user runs it: a process of its own, its exit code and what it prints."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tests.models import official_sam, save_checkpoint
+
+
+def run(*arguments: str | Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "hypersam.cli", *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def run_json(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
+    """Standard output must be one JSON object and nothing else."""
+    done = run(*arguments, "--json", code=code)
+    assert done.stdout.count("\n") == 1
+    found = json.loads(done.stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    save_checkpoint(folder / "tiny.pth")
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "a.png")
+    run("compress", folder / "tiny.pth", folder / "tiny.hsam")
+    return folder
+
+
+def test_compress_tells_its_figures(folder: Path) -> None:
+    found = run_json("compress", folder / "tiny.pth", folder / "again.hsam")
+    assert (folder / "again.hsam").read_bytes() == (folder / "tiny.hsam").read_bytes()
+    for name in ("codec", "ratio", "bits_per_weight", "sqnr_db", "seconds", "source_sha256", "artifact_sha256"):
+        assert found[name]
+    assert found["codec"] == "birkhoff"
+    assert found["ratio"] == (folder / "tiny.pth").stat().st_size / (folder / "tiny.hsam").stat().st_size
+
+
+def test_options_reach_the_codec(folder: Path) -> None:
+    found = run_json(
+        "compress", folder / "tiny.pth", folder / "o.hsam", "--option", "side=0.2", "--option", "nodes=[3600]"
+    )
+    assert found["options"]["side"] == 0.2
+    assert found["options"]["nodes"] == [3600]
+
+
+def test_decompress_gives_every_key_back(folder: Path) -> None:
+    run("decompress", folder / "tiny.hsam", folder / "back.safetensors")
+    back, source = load_file(folder / "back.safetensors"), official_sam().state_dict()
+    assert back.keys() == source.keys()
+    for name, weight in source.items():
+        assert back[name].shape == weight.shape
+        assert back[name].dtype == weight.dtype
+        torch.testing.assert_close(back[name], weight, atol=0.1, rtol=0.1)
+    run("compress", folder / "back.safetensors", folder / "twice.hsam")
+
+
+def test_inspect_tells_checkpoints_and_artifacts_apart(folder: Path) -> None:
+    checkpoint = run_json("inspect", folder / "tiny.pth")
+    artifact = run_json("inspect", folder / "tiny.hsam")
+    assert (checkpoint["kind"], artifact["kind"]) == ("checkpoint", "artifact")
+    for name in ("family", "variant", "candidates", "parameters", "config"):
+        assert checkpoint[name] == artifact[name]
+    assert artifact["ratio"] > 1
+    assert artifact["sqnr_db"] > 10
+    assert len(artifact["tensors"]) == len(checkpoint["tensors"]) == len(official_sam().state_dict())
+    assert "tiny" not in run("inspect", folder / "tiny.hsam", "--tensors").stderr
+
+
+def test_segment_writes_the_best_mask(folder: Path) -> None:
+    out = folder / "mask.png"
+    found = run_json("segment", folder / "tiny.hsam", folder / "a.png", "--point", "20,30", "--point", "60,5,0",
+                     "--box", "5,5,50,40", "--out", out)  # fmt: skip
+    mask = np.asarray(Image.open(out))
+    assert mask.shape == (48, 64)
+    assert set(np.unique(mask)) <= {0, 255}
+    assert int((mask > 0).sum()) == found["masks"][0]["area"]
+    scores = [m["score"] for m in found["masks"]]
+    assert len(scores) == 3
+    assert scores == sorted(scores, reverse=True)
+    assert (
+        len(run_json("segment", folder / "tiny.pth", folder / "a.png", "--point", "2,3", "--no-multimask")["masks"])
+        == 1
+    )
+
+
+def test_eval_compares_two_models(folder: Path) -> None:
+    found = run_json("eval", folder / "tiny.hsam", "--objects", "12", "--against", folder / "tiny.pth")
+    assert found["objects"] >= 12
+    for kind in ("point", "box"):
+        assert 0 <= found["miou"][kind]["mean"] <= 1
+        assert 0.5 < found["agreement"][kind]["mean"] <= 1
+        difference = found["miou"][kind]["mean"] - found["against"][kind]["mean"]
+        assert found["difference"][kind]["mean"] == pytest.approx(difference, abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["compress", "none.pth", "x.hsam"], "not_a_checkpoint"),
+        (["compress", "a.png", "x.hsam"], "not_a_checkpoint"),
+        (["compress", "tiny.hsam", "x.hsam"], "invalid_option"),
+        (["compress", "tiny.pth", "x.hsam", "--codec", "zip"], "invalid_option"),
+        (["compress", "tiny.pth", "x.hsam", "--option", "side"], "invalid_option"),
+        (["compress", "tiny.pth", "x.hsam", "--option", "side=-1"], "invalid_option"),
+        (["compress", "tiny.pth", "x.hsam", "--variant", "sam_vit_b"], "variant_mismatch"),
+        (["compress", "tiny.pth", "none/x.hsam"], "file"),
+        (["decompress", "tiny.pth", "x.safetensors"], "bad_artifact"),
+        (["inspect", "none.pth"], "not_a_checkpoint"),
+        (["segment", "tiny.hsam", "a.png"], "bad_prompt"),
+        (["segment", "tiny.hsam", "a.png", "--point", "1"], "bad_prompt"),
+        (["segment", "tiny.hsam", "a.png", "--point", "1,2,7"], "bad_prompt"),
+        (["segment", "tiny.hsam", "a.png", "--point", "65,2"], "bad_prompt"),
+        (["segment", "tiny.hsam", "tiny.pth", "--point", "1,2"], "bad_image"),
+    ],
+)
+def test_mistakes_are_one_line_with_a_code(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], error: str
+) -> None:
+    monkeypatch.chdir(folder)
+    before = sorted(p.name for p in folder.iterdir())
+    found = run_json(*arguments, code=1)
+    assert found["error"]["code"] == error
+    assert found["error"]["message"]
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_help_and_version_answer_without_torch() -> None:
+    assert "compress" in run("--help").stdout
+    assert run("--version").stdout.startswith("hypersam ")
+    code = "import sys, hypersam.cli, hypersam; assert 'torch' not in sys.modules; print(hypersam.__all__)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
