@@ -81,7 +81,7 @@ def test_pictures_cut_short(form: str) -> None:
 def test_the_limit_holds_before_decoding() -> None:
     bomb = encoded(Image.new("1", (20_000, 20_000)))
     assert len(bomb) < 100_000
-    with pytest.raises(ImageTooLarge, match="too large|20000 x 20000"):
+    with pytest.raises(ImageTooLarge, match=r"too large|20000 x 20000"):
         decode_image(bomb)
     with pytest.raises(ImageTooLarge):
         decode_image(encoded(Image.fromarray(COLOURS)), max_pixels=599)
