@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+import pickletools
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping
@@ -28,6 +29,7 @@ from hypersam.errors import (
     UnsafeCheckpoint,
 )  # fmt: skip
 
+_CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"})
 _WRAPPERS = ("model", "state_dict")
 _HASH_BLOCK = 4 << 20
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e"
@@ -131,11 +133,25 @@ def _load_pickle(path: Path, container: str) -> Any:
                 f"{path.name} is a pickle that asks for {asked}; only tensors in plain dictionaries are read. "
                 "Nothing was executed. Save the state dict alone: torch.save(model.state_dict(), …)"
             ) from error
-        raise NotACheckpoint(f"{path.name} is not a readable PyTorch file: {_first_line(error)}") from error
+        if container == "legacy" and _calls_something(path):
+            raise UnsafeCheckpoint(
+                f"{path.name} is a bare pickle that asks for more than plain data. Nothing was executed. "
+                "Save the state dict alone: torch.save(model.state_dict(), …)"
+            ) from error
+        raise NotACheckpoint(f"{path.name} is not a readable PyTorch file, or a damaged one") from error
     except (RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError, OSError,
             AssertionError, UnicodeDecodeError, OverflowError, zipfile.BadZipFile) as error:  # fmt: skip
         # The unpickler of torch lets all of these out when the bytes make no sense.
         raise NotACheckpoint(f"{path.name} is truncated or damaged: {_first_line(error)}") from error
+
+
+def _calls_something(path: Path) -> bool:
+    """Whether the first pickle in a file names a global or calls one, read without executing it."""
+    with path.open("rb") as file:
+        try:
+            return any(op.name in _CALLS for op, _, _ in pickletools.genops(file))
+        except (ValueError, IndexError, KeyError, EOFError, UnicodeDecodeError, OverflowError, MemoryError):
+            return False
 
 
 def _check_archive(path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
@@ -21,6 +22,7 @@ from kernels import artifact as artifact_format
 from kernels.codec import BirkhoffConfig, BirkhoffTensor, Encoded, RawTensor, decode, encode
 
 CODECS = ("birkhoff",)
+MAX_NODE_COUNTS = 16
 CODEC_VERSION = "1"
 """Counts up when the same checkpoint and options would give other bytes."""
 
@@ -103,9 +105,11 @@ def _config(options: Mapping[str, Any]) -> BirkhoffConfig:
         values["nodes"] = (
             (nodes,) if isinstance(nodes, int) else tuple(nodes) if isinstance(nodes, (list, tuple)) else nodes
         )
+    if isinstance(values.get("nodes"), tuple) and len(values["nodes"]) > MAX_NODE_COUNTS:
+        raise InvalidOption(f"birkhoff: nodes may name at most {MAX_NODE_COUNTS} node counts")
     try:
         return BirkhoffConfig(**values)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise InvalidOption(f"birkhoff: {error}") from error
 
 
@@ -130,6 +134,8 @@ def compress(
     config = _config(checked)
     tell = progress or (lambda _: None)
     place = resolve_device(device)
+    if source.exists() and target.exists() and target.samefile(source):
+        raise InvalidOption(f"the artifact would replace its source {source.name}; give it another name")
     if source.is_file() and is_artifact(source):
         raise InvalidOption(f"{source.name} is a compressed model already; compress takes a checkpoint")
     checkpoint = read_checkpoint(source)
@@ -152,27 +158,28 @@ def compress(
     tell(Progress("encoding", total, total))
 
     tell(Progress("writing", 0, 1))
-    with artifact_errors():
-        artifact_format.write(
-            target,
-            encoded,
-            codec={"name": codec, "version": CODEC_VERSION, "options": checked},
-            model={"family": detected.family, "variant": detected.variant,
-                   "candidates": list(detected.candidates), "config": detected.config.as_dict()},
-            source={"sha256": source_sha256, "bytes": source_bytes, "container": checkpoint.container,
-                    "wrapper": checkpoint.wrapper, "prefix": checkpoint.prefix},
-            report={"sqnr_db": _sqnr(squares.values()),
-                    "tensors": {name: _sqnr([pair]) for name, pair in squares.items()}},
-        )  # fmt: skip
-        try:
-            artifact_bytes = target.stat().st_size
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
+    try:
+        with artifact_errors():
+            artifact_format.write(
+                part,
+                encoded,
+                codec={"name": codec, "version": CODEC_VERSION, "options": checked},
+                model={"family": detected.family, "variant": detected.variant,
+                       "candidates": list(detected.candidates), "config": detected.config.as_dict()},
+                source={"sha256": source_sha256, "bytes": source_bytes, "container": checkpoint.container,
+                        "wrapper": checkpoint.wrapper, "prefix": checkpoint.prefix},
+                report={"sqnr_db": _sqnr(squares.values()),
+                        "tensors": {name: _sqnr([pair]) for name, pair in squares.items()}},
+            )  # fmt: skip
+            artifact_bytes = part.stat().st_size
             tell(Progress("verifying", 0, artifact_bytes))
-            artifact_format.open_artifact(target, verify=True).close()
-            artifact_sha256 = sha256_of(target)
+            artifact_format.open_artifact(part, verify=True).close()
+            artifact_sha256 = sha256_of(part)
             tell(Progress("verifying", artifact_bytes, artifact_bytes))
-        except BaseException:
-            target.unlink(missing_ok=True)
-            raise
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
     return CompressReport(
         codec=codec,
         codec_version=CODEC_VERSION,

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hypersam.errors import Overloaded, PromptError, UnknownImage
+from hypersam.errors import NotACheckpoint, Overloaded, PromptError, UnknownImage, UnknownModel
 from hypersam.loading import load_model, resolve_device
 from hypersam.sam.model import MASK_THRESHOLD, Embedding, SamModel
 from hypersam.settings import Settings
@@ -199,12 +199,13 @@ class Engine:
         queued: float,
     ) -> Segmentation:
         clock = _Clock(queued)
+        clock.lap("queue")
         if image is not None:
             check_prompts(prompts, image.shape[1], image.shape[0])
             image_id = image_id_of(image)
         elif image_id is None:
             raise PromptError("a picture or an image_id is needed")
-        clock.lap("queue")
+        clock.lap("hash")
         model = self._model(file)
         clock.lap("load")
         embedding, cached = self._embedding(file, model, image, image_id)
@@ -212,6 +213,12 @@ class Engine:
         height, width = embedding.original_size
         if image is None:
             check_prompts(prompts, width, height)
+        size = len(prompts) * (3 if multimask else 1) * width * height
+        if size > _MASK_BYTES:
+            raise PromptError(
+                f"{len(prompts)} prompts on a picture of {width} x {height} pixels give {size >> 20} MiB of masks; "
+                f"at most {_MASK_BYTES >> 20} are given at once, so send fewer prompts at a time"
+            )
         masks = predict(model, embedding, prompts, multimask=multimask)
         clock.lap("decode")
         return Segmentation(image_id, width, height, masks, clock.laps, cached)
@@ -219,7 +226,10 @@ class Engine:
     def _model(self, file: ModelFile) -> SamModel:
         model = self._models.get(file.digest)
         if model is None:
-            model = load_model(file.path, device=self._device, dtype=self._dtype)
+            try:
+                model = load_model(file.path, device=self._device, dtype=self._dtype)
+            except (FileNotFoundError, NotACheckpoint) as error:
+                raise UnknownModel(f"model {file.id!r} was deleted while the request waited") from error
             self._loads += 1
             self._models[file.digest] = model
             log.info("loaded model %s (%d bytes resident)", file.id, model.resident_bytes())
@@ -304,6 +314,9 @@ def predict(model: SamModel, embedding: Embedding, prompts: Sequence[Prompt], *,
                 answers[number] = _masks(number, full.cpu().numpy(), scores[row].tolist())
     return tuple(mask for number in sorted(answers) for mask in answers[number])
 
+
+_MASK_BYTES = 1 << 30
+"""Bytes of full-size masks, one a pixel, that one request may ask for."""
 
 _AT_ONCE = 32
 """Prompts decoded in one call."""

@@ -137,6 +137,7 @@ def evaluate(
     by_sort = {
         name: {k: _score([v for v, flag in zip(found[k], flags, strict=True) if flag]) for k in KINDS}
         for name, flags in sorts.items()
+        if any(flags)
     }
     paired = {k: [a - b for a, b in zip(found[k], other[k], strict=True)] for k in KINDS} if against else None
     return Evaluation(
@@ -153,7 +154,5 @@ def evaluate(
 
 
 def _score(values: list[float]) -> Score:
-    if not values:
-        return Score(math.nan, math.nan, 0)
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return Score(float(np.mean(values)), 1.96 * spread / math.sqrt(len(values)), len(values))

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import io
+import struct
 import warnings
+import zlib
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco
 
 from hypersam.errors import ImageError, ImageTooLarge
 
 MAX_PIXELS = 64_000_000
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
@@ -26,13 +39,13 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
     """
     try:
         with warnings.catch_warnings():
-            # Pillow warns of large pictures; the limit here is the service's own.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            # Pillow warns of large pictures, where the limit here is the service's own, and of odd EXIF blocks.
+            warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
                 width, height = opened.size
                 if width * height > max_pixels:
                     raise ImageTooLarge(f"the picture has {width} x {height} pixels; at most {max_pixels} are accepted")
-                return _rgb(ImageOps.exif_transpose(opened))
+                return _rgb(_upright(opened))
     except ImageTooLarge:
         raise
     except Image.DecompressionBombError as error:
@@ -49,14 +62,28 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
         MemoryError,
         TypeError,
         KeyError,
+        AttributeError,
+        OverflowError,
+        struct.error,
+        zlib.error,
     ) as error:
         # Pillow's decoders let all of these out when a file is cut short or damaged.
         raise ImageError(f"the picture is truncated or damaged: {error}") from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """The picture as its EXIF orientation says; a block that cannot be read says nothing of the pixels."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION)
+        turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    except Exception:  # Pillow's EXIF reader lets out whatever its parser runs into
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
+        values = np.asarray(image, np.float32)
         # 16-bit greys come as integers up to 65535; Pillow's own conversion would clip them to 255.
         scaled = values / 257 if values.max(initial=0) > 255 else values
         grey = np.clip(np.rint(np.nan_to_num(scaled)), 0, 255).astype(np.uint8)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hypersam.checkpoint import read_checkpoint
-from hypersam.errors import ArtifactError, NotACheckpoint, artifact_errors
+from hypersam.errors import ArtifactError, InvalidOption, NotACheckpoint, Unavailable, artifact_errors
 from hypersam.sam.detect import detect
 from hypersam.sam.families.sam_vit import SamViT, SamViTConfig
 from hypersam.sam.model import SamModel
@@ -56,10 +56,18 @@ def is_artifact(path: Path) -> bool:
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
-    """``auto`` to CUDA where there is one, else the CPU."""
+    """``auto`` to CUDA where there is one, else the CPU. Raises InvalidOption or Unavailable."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidOption(f"unknown device {device!r}; give auto, cpu, cuda or cuda:N") from error
+    if place.type not in ("cpu", "cuda"):
+        raise InvalidOption(f"device {device!r} is not supported; give auto, cpu, cuda or cuda:N")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise Unavailable(f"there is no device {device} here ({torch.cuda.device_count()} CUDA devices found)")
+    return place
 
 
 def _from_artifact(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> SamModel:
@@ -74,15 +82,19 @@ def _from_artifact(artifact: Artifact, device: torch.device, dtype: torch.dtype)
     with torch.device("meta"):
         network = SamViT(config)
     linears = {f"{name}.weight": name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
-    names = set(artifact.names())
-    if names != (expected := set(network.state_dict())):
-        odd = sorted(names ^ expected)
+    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    if odd := sorted(set(artifact.names()) ^ set(expected)):
         raise ArtifactError(f"the artifact's tensors are not those of its model: {', '.join(odd[:5])}")
+    for record in artifact.records:
+        if record.shape != expected[record.name]:
+            raise ArtifactError(f"{record.name} has shape {record.shape}, should be {expected[record.name]}")
     state: dict[str, Tensor] = {}
     coded: dict[str, BirkhoffTensor] = {}
     for key in artifact.names():
         encoded = artifact.encoded(key)
         if key in linears and isinstance(encoded, BirkhoffTensor):
+            if not encoded.by_row:
+                raise ArtifactError(f"{key} is the weight of a linear layer, but is not coded by row")
             coded[key] = encoded
         else:
             state[key] = decode(encoded).float()

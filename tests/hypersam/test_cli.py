@@ -30,7 +30,7 @@ def run_json(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
     """Standard output must be one JSON object and nothing else."""
     done = run(*arguments, "--json", code=code)
     assert done.stdout.count("\n") == 1
-    found = json.loads(done.stdout)
+    found = json.loads(done.stdout, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert isinstance(found, dict)
     return found
 
@@ -123,6 +123,9 @@ def test_eval_compares_two_models(folder: Path) -> None:
         (["compress", "tiny.pth", "x.hsam", "--option", "side=-1"], "invalid_option"),
         (["compress", "tiny.pth", "x.hsam", "--variant", "sam_vit_b"], "variant_mismatch"),
         (["compress", "tiny.pth", "none/x.hsam"], "file"),
+        (["compress", "tiny.pth", "tiny.pth"], "invalid_option"),
+        (["compress", "tiny.pth", "x.hsam", "--device", "gpu"], "invalid_option"),
+        (["segment", "tiny.hsam", "a.png", "--point", "1,2", "--device", "cuda:77"], "unavailable"),
         (["decompress", "tiny.pth", "x.safetensors"], "bad_artifact"),
         (["inspect", "none.pth"], "not_a_checkpoint"),
         (["segment", "tiny.hsam", "a.png"], "bad_prompt"),

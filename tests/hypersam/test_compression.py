@@ -15,11 +15,11 @@ from torch import nn
 import hypersam
 from hypersam import compression
 from hypersam.errors import ArtifactCorrupt, ArtifactError, CheckpointError, InvalidOption, JobCancelled
-from hypersam.loading import is_artifact, load_model
+from hypersam.loading import is_artifact
 from kernels.artifact import open_artifact
 from kernels.codec import BirkhoffConfig, BirkhoffTensor, decode, encode
 from kernels.hyperlinear import HyperLinear
-from tests.models import TINY, official_sam, save_checkpoint
+from tests.models import TINY, ModelSize, official_sam, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -72,28 +72,38 @@ def test_the_same_input_gives_the_same_bytes(
     assert (tmp_path / "again.hsam").read_bytes() == target.read_bytes()
 
 
-def test_the_loaded_model_holds_no_dense_linear_weight(made: tuple[Path, Path, compression.CompressReport]) -> None:
-    _, target, _ = made
+def test_the_loaded_model_holds_no_dense_linear_weight(tmp_path: Path) -> None:
+    """After loading and after answering, no floating tensor alive anywhere is as large as a linear weight."""
+    wide = ModelSize(image=64, patch=8, dim=96, depth=2, heads=2, window=4, global_blocks=(1,), prompt_dim=32)
+    official = official_sam(wide)
+    linears = [m for m in official.image_encoder.modules() if isinstance(m, nn.Linear)]
+    count, dense_bytes = len(linears), sum(m.weight.nbytes for m in linears)
+    # The square ones are no larger than the patch embedding, which is held dense.
+    smallest = min(m.weight.nbytes for m in linears if m.in_features != m.out_features)
+    torch.save(official.state_dict(), tmp_path / "wide.pth")
+    hypersam.compress(tmp_path / "wide.pth", tmp_path / "wide.hsam")
+    del official, linears
     gc.collect()
-    model = load_model(target)
-    layers = [m for m in model.network.modules() if isinstance(m, HyperLinear)]
-    linears = [m for m in official_sam().modules() if isinstance(m, nn.Linear)]
-    assert len(layers) == len(linears)
-    assert not [m for m in model.network.modules() if isinstance(m, nn.Linear)]
-    shapes = {(m.out_features, m.in_features) for m in layers}
-    image = np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8)
-    predictor = hypersam.load(target)
-    predictor.set_image(image)
+    before = {id(t) for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}
+
+    def large() -> list[tuple[int, ...]]:
+        gc.collect()
+        fresh = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and id(t) not in before]
+        return [tuple(t.shape) for t in fresh if t.is_floating_point() and t.untyped_storage().nbytes() >= smallest]
+
+    predictor = hypersam.load(tmp_path / "wide.hsam")
+    assert large() == []
+    predictor.set_image(np.random.default_rng(0).integers(0, 256, (50, 60, 3), dtype=np.uint8))
     predictor.predict(box=np.array([5, 5, 40, 40]))
-    for held in (model.network, predictor.model.network):
-        for layer in held.modules():
-            if isinstance(layer, HyperLinear):
-                for tensor in [*layer.parameters(), *layer.buffers(), *vars(layer).values()]:
-                    if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-                        assert tuple(tensor.shape) not in shapes
-    dense = sum(m.weight.nbytes for m in linears)
-    held_bytes = sum(t.nbytes for m in layers for n, t in [*m.named_buffers()] if "ind" in n or t.dtype == torch.int16)
-    assert held_bytes <= 0.27 * dense  # int16 a pair of fp32 weights, and the odd column
+    assert large() == []
+    encoder = predictor.model.network.image_encoder
+    layers = [m for m in encoder.modules() if isinstance(m, HyperLinear)]
+    assert len(layers) == count
+    assert not [m for m in encoder.modules() if isinstance(m, nn.Linear)]
+    indices = sum(layer.indices.nbytes for layer in layers)
+    assert indices == dense_bytes / 4  # an int16 for two fp32 weights
+    tables = sum(layer.resident_bytes() for layer in layers) - indices
+    assert tables < count * 8 * 4 * 1600 + 8 * dense_bytes / wide.dim  # (K + 1)·U pairs a layer, and biases
 
 
 def test_masks_from_compressed_weights_are_those_of_the_decoded_ones(
@@ -149,6 +159,19 @@ def test_stopping_leaves_nothing_behind(tmp_path: Path, stage: str) -> None:
     with pytest.raises(JobCancelled):
         hypersam.compress(source, tmp_path / "a.hsam", progress=stop)
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
+    (tmp_path / "a.hsam").write_bytes(b"an earlier one")
+    with pytest.raises(JobCancelled):
+        hypersam.compress(source, tmp_path / "a.hsam", progress=stop)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.hsam", "a.pth"]
+    assert (tmp_path / "a.hsam").read_bytes() == b"an earlier one"
+
+
+def test_a_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "a.pth")
+    before = source.read_bytes()
+    with pytest.raises(InvalidOption, match="another name"):
+        hypersam.compress(source, tmp_path / "." / "a.pth")
+    assert source.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -161,6 +184,8 @@ def test_stopping_leaves_nothing_behind(tmp_path: Path, stage: str) -> None:
         ("birkhoff", {"nodes": [1000]}, "squares"),
         ("birkhoff", {"max_classes": 0}, "max_classes"),
         ("birkhoff", {"nodes": None}, "birkhoff"),
+        ("birkhoff", {"nodes": [4] * 17}, "at most"),
+        ("birkhoff", {"side": 10**400}, "birkhoff"),
     ],
 )
 def test_unknown_codecs_and_options_are_refused(codec: str, options: dict[str, object], named: str) -> None:

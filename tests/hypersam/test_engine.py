@@ -13,7 +13,7 @@ import pytest
 import hypersam
 from hypersam.compression import compress
 from hypersam.engine import Engine, ModelFile, Prompt, bounding_box, image_id_of
-from hypersam.errors import Overloaded, PromptError, UnknownImage
+from hypersam.errors import Overloaded, PromptError, UnknownImage, UnknownModel
 from hypersam.settings import Settings
 from tests.models import TINY, ModelSize, save_checkpoint
 
@@ -124,6 +124,18 @@ def test_the_caches_stay_within_their_bounds(tmp_path: Path) -> None:
 def test_prompts_that_do_not_fit_are_refused(engine: Engine, model: ModelFile, prompt: Prompt, said: str) -> None:
     with pytest.raises(PromptError, match=said):
         engine.segment_sync(model, picture(), [prompt], multimask=True)
+
+
+def test_a_model_deleted_meanwhile_is_unknown(engine: Engine, tmp_path: Path) -> None:
+    with pytest.raises(UnknownModel, match="deleted"):
+        engine.segment_sync(ModelFile("gone", tmp_path / "gone.hsam", "0" * 64), picture(), [POINT], multimask=True)
+
+
+def test_masks_of_a_request_are_bounded(engine: Engine, model: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hypersam.engine._MASK_BYTES", 2 * 3 * 50 * 60)
+    assert len(engine.segment_sync(model, picture(), [POINT, BOX], multimask=True).masks) == 6
+    with pytest.raises(PromptError, match="fewer prompts"):
+        engine.segment_sync(model, picture(), [POINT, BOX, BOX], multimask=True)
 
 
 def test_points_on_the_edges_are_inside(engine: Engine, model: ModelFile) -> None:

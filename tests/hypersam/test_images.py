@@ -41,6 +41,19 @@ def test_exif_rotations_are_applied(orientation: int) -> None:
     assert np.array_equal(got, turned[orientation])
 
 
+def test_broken_exif_says_nothing_of_the_pixels() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = encoded(Image.fromarray(COLOURS), "JPEG", exif=exif)
+    start = whole.index(b"Exif") + 6
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        broken = bytearray(whole)
+        for position in rng.integers(start, start + 26, 3):
+            broken[position] = rng.integers(256)
+        assert decode_image(bytes(broken)).size == COLOURS.size
+
+
 def test_other_modes_become_rgb() -> None:
     grey = COLOURS[..., 0]
     assert np.array_equal(decode_image(encoded(Image.fromarray(grey))), np.repeat(grey[..., None], 3, 2))
