@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
-from redis import Redis
+from redis import Redis, RedisError
 from redis.exceptions import LockError
 from rq import Queue, Retry, worker_registration
 from rq.exceptions import DuplicateJobError, InvalidJobOperation, NoSuchJobError
@@ -26,6 +27,8 @@ from rq.utils import utcparse
 from hypersam.errors import NameTaken, Overloaded, Unavailable, UnknownJob
 from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
+
+log = logging.getLogger(__name__)
 
 COMPRESS_QUEUE = "hypersam-compress"
 COMPRESS_FUNCTION = "workers.tasks.compress_checkpoint"
@@ -148,6 +151,7 @@ class JobBoard:
             if self.queue.count >= self.settings.max_waiting_jobs:
                 raise Overloaded(f"{self.queue.count} jobs wait already; try again later")
             take_upload()
+            self.store.touch_upload(spec.source_sha256)
             self.connection.delete(self._cancel_key(spec.key), self._attempts_key(spec.key))
             self.connection.hset(_NAMES, spec.name, spec.key)
             self.connection.sadd(self._users_key(spec.source_sha256), spec.key)
@@ -228,6 +232,33 @@ class JobBoard:
             if not any(self._active(member.decode()) for member in members):
                 self.connection.delete(users)
                 self.store.remove_upload(spec.source_sha256)
+
+    def sweep(self) -> None:
+        """Delete what nobody wants from the store: old uploads that no job needs, what dead jobs left.
+
+        With ``keep_uploads``, and while Redis cannot tell which are needed, every whole upload stays.
+        """
+        age = self.settings.upload_retention
+        if self.settings.keep_uploads:
+            self.store.sweep(age)
+            return
+        try:
+            with self._exclusive():  # so that no job refers to an upload between the question and the deletion
+                self.store.sweep(age, self._wanted_uploads())
+        except (RedisError, Unavailable) as error:
+            log.warning("old uploads stay for now, the queue does not tell which are needed: %s", error)
+            self.store.sweep(age)
+
+    def _wanted_uploads(self) -> set[str]:
+        """Return the sha256 of each upload that a job which has not ended refers to."""
+        entries: Any = self.connection.zrange(_INDEX, 0, -1)
+        ids = [entry.decode() for entry in entries]
+        jobs = Job.fetch_many(ids, connection=self.connection, serializer=JSONSerializer)
+        return {
+            str(job.meta.get("spec", {}).get("source_sha256", ""))
+            for job in jobs
+            if job is not None and not _STATES.get(job.get_status(refresh=False), JobState.QUEUED).final
+        }
 
     def waiting(self) -> int:
         """How many jobs are queued."""

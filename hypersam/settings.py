@@ -1,7 +1,8 @@
 """Every setting of the service, the workers and the engine, in one frozen class.
 
 Values come from keyword arguments, else from the environment (``HYPERSAM_DATA_DIR``, ``HYPERSAM_PORT`` …),
-else from the defaults below. Nothing else in the project reads the environment.
+else from the defaults below. Besides, a process that another of ours starts finds in its environment who started
+it and which job it is for (``workers/__main__.py``, ``workers/horse.py``): no settings, and none of an operator's.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class Settings(BaseSettings):
 
     embedding_cache_bytes: int = Field(512 * MIB, ge=0)
     resident_bytes: PositiveInt = Field(4 * GIB, description="what all models in memory may hold together")
-    device: str = "auto"
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the image encoder")
     max_waiting: PositiveInt = Field(64, description="waiting /segment requests before the next gets 503")
 
@@ -52,7 +53,6 @@ class Settings(BaseSettings):
     worker_heartbeat: PositiveInt = Field(10, description="a job is lost after three of these in silence")
     keep_uploads: bool = False
     upload_retention: PositiveInt = Field(DAY, description="age at which an upload that no job wants goes")
-    url_sources: tuple[str, ...] = Field((), description="prefixes of the URLs that workers may download")
 
     default_model: Name = Field("small_sam", description="the name of the small SAM that the package carries")
     register_default: bool = Field(True, description="queue that model's compression at the first start")

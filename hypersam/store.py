@@ -20,7 +20,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -145,6 +145,12 @@ class ArtifactStore:
             raise UnknownUpload(f"no upload with sha256 {digest[:64]!r} is held; send the file")
         return path
 
+    def touch_upload(self, digest: str) -> None:
+        """Make an upload count as new, if it is there: something refers to it again."""
+        if DIGEST.fullmatch(digest):
+            with contextlib.suppress(FileNotFoundError):
+                os.utime(self.uploads / digest)
+
     def remove_upload(self, digest: str) -> None:
         """Delete an upload if it is there."""
         if DIGEST.fullmatch(digest):
@@ -227,10 +233,17 @@ class ArtifactStore:
 
     # upkeep
 
-    def sweep(self, max_age: float) -> None:
-        """Delete uploads, half uploads and jobs' folders that nobody touched for ``max_age`` seconds."""
+    def sweep(self, max_age: float, keep: Container[str] | None = None) -> None:
+        """Delete uploads, half uploads and jobs' folders that nobody touched for ``max_age`` seconds.
+
+        ``keep`` has the sha256 of every upload that is still wanted, whatever its age; None: all of them stay,
+        and only half uploads and jobs' folders go. ``JobBoard.sweep`` knows which are wanted.
+        """
         oldest = time.time() - max_age
         for path in (*self.uploads.iterdir(), *self.work.iterdir()):
+            committed = path.parent == self.uploads and DIGEST.fullmatch(path.name) is not None
+            if committed and (keep is None or path.name in keep):
+                continue
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < oldest:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypedDict
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
 
@@ -22,6 +22,7 @@ from service.metrics import MeasureRequests, Metrics
 from service.routes import compress, health, jobs, models, segment
 from service.schemas import Problem
 
+PICTURES_AT_ONCE = 2  # being decoded: each may take hundreds of MB, and a core
 PAGE = Path(__file__).parent / "static" / "index.html"
 _DESCRIPTION = "Compress Segment Anything checkpoints and serve them from their compressed weights."
 
@@ -37,12 +38,13 @@ def create_app(settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[_Lifespan]:
         store = await to_thread.run_sync(ArtifactStore, settings.data_dir)
-        await to_thread.run_sync(store.sweep, settings.upload_retention)
         connection = connect(settings)
         engine = Engine(settings)
         board = JobBoard(connection, store, settings)
+        pictures = CapacityLimiter(PICTURES_AT_ONCE)
         try:
-            yield {"hypersam": State(settings, connection, store, board, engine, metrics)}
+            await to_thread.run_sync(board.sweep)
+            yield {"hypersam": State(settings, connection, store, board, engine, metrics, pictures)}
         finally:
             await to_thread.run_sync(engine.close)
             await to_thread.run_sync(connection.close)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, cast
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Request
 from redis import Redis
 
@@ -25,6 +26,7 @@ class State:
     jobs: JobBoard
     engine: Engine
     metrics: Metrics
+    pictures: CapacityLimiter  # for the threads that take a picture apart
 
 
 def state_of(request: Request) -> State:

@@ -76,8 +76,7 @@ STATUS: Sequence[tuple[type[BaseException], int]] = (
     (errors.JobCancelled, 409),
     (errors.ArtifactError, 500),
     (errors.HypersamError, 400),
-    (redis.ConnectionError, 503),
-    (redis.TimeoutError, 503),
+    (redis.RedisError, 503),  # it does not answer, or refuses: its memory or its disk is full, it is loading
     (ClientDisconnect, 400),
 )
 
@@ -117,7 +116,9 @@ async def _known(_: Request, error: Exception) -> Response:
         headers["Connection"] = "close"  # the rest of the body is not read
     if isinstance(error, redis.RedisError):
         log.warning("redis: %s", error)
-        return problem(status, errors.Unavailable.code, "the queue's Redis does not answer", headers=headers)
+        silent = isinstance(error, redis.ConnectionError | redis.TimeoutError)
+        detail = "the queue's Redis does not answer" if silent else "the queue's Redis refuses to work"
+        return problem(status, errors.Unavailable.code, detail, headers=headers)
     if isinstance(error, ClientDisconnect):
         return problem(status, "client_disconnected", "the client went away")
     if status >= 500:
@@ -145,7 +146,7 @@ async def _unexpected(_: Request, error: Exception) -> Response:
 
 def install(app: FastAPI) -> None:
     """Let every error of ``app`` leave as a problem document."""
-    for kind in (errors.HypersamError, redis.ConnectionError, redis.TimeoutError, ClientDisconnect):
+    for kind in (errors.HypersamError, redis.RedisError, ClientDisconnect):
         app.add_exception_handler(kind, _known)
     app.add_exception_handler(RequestValidationError, _validation)
     app.add_exception_handler(HTTPException, _http)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import binascii
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hypersam.errors import ImageError
 from hypersam.images import to_png, to_rle
+from service.schemas import MaskFormat
 
-FORMATS = ("rle", "png")
+FORMATS: tuple[str, ...] = get_args(MaskFormat)
 
 
 def decode_base64(text: str) -> bytes:

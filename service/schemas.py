@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from hypersam.jobs import JobState, JobView
 from hypersam.settings import Name
@@ -13,6 +13,12 @@ from hypersam.store import ModelRecord
 Pair = tuple[float, float]
 Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "png"]
+MASK_SIDE = 1024  # at most, of a mask input
+# Far beyond what a model answers, and far below what overflows in one.
+Logit = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+# The first error is enough: a list of millions of wrong values must not make millions of messages.
+Row = Annotated[list[Logit], Field(fail_fast=True, min_length=1, max_length=MASK_SIDE)]
+Logits = Annotated[list[Row], Field(fail_fast=True, min_length=1, max_length=MASK_SIDE)]
 
 
 class Strict(BaseModel):
@@ -130,9 +136,21 @@ class Models(BaseModel):
 class PromptBody(Strict):
     """One thing to find, in pixels of the picture as sent."""
 
-    points: list[Pair] = Field(default_factory=list)
-    point_labels: list[int] = Field(default_factory=list, description="1 inside, 0 outside; one a point")
+    points: list[Pair] = Field(default_factory=list, fail_fast=True)
+    point_labels: list[int] = Field(
+        default_factory=list, fail_fast=True, description="1 inside, 0 outside; one a point"
+    )
     box: Box | None = Field(None, description="x0, y0, x1, y1")
+    mask_input: Logits | None = Field(
+        None, description="rows of logits, above 0 inside; as many rows and columns as the model's own low masks"
+    )
+
+    @field_validator("mask_input")
+    @classmethod
+    def _rectangular(cls, rows: list[list[float]] | None) -> list[list[float]] | None:
+        if rows is not None and any(len(row) != len(rows[0]) for row in rows):
+            raise ValueError("the rows of a mask input are equally long")
+        return rows
 
 
 class SegmentRequest(Strict):
@@ -141,9 +159,9 @@ class SegmentRequest(Strict):
     model: str
     image: str | None = Field(None, description="base64 of a PNG, JPEG, WebP, … file")
     image_id: str | None = Field(None, description="of a picture sent before, while its embedding is held")
-    prompts: list[PromptBody] = Field(min_length=1)
+    prompts: list[PromptBody] = Field(min_length=1, fail_fast=True)
     multimask: bool = False
-    format: str = "rle"
+    format: MaskFormat = "rle"
 
 
 class MaskBody(BaseModel):

@@ -19,7 +19,7 @@ import argparse
 import copy
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -61,6 +61,9 @@ def build_small_sam() -> Sam:
             transformer=TwoWayTransformer(depth=2, embedding_dim=PROMPT_DIM, mlp_dim=DECODER_MLP, num_heads=8),
         ),
     )  # fmt: skip
+
+
+Decode = Callable[[Sam, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 class Prompts(IterableDataset[tuple[Tensor, Tensor, Tensor, Tensor]]):
@@ -118,6 +121,7 @@ class GroupingHead(nn.Module):
         super().__init__()
         self.scale = SIDE // 2 // (SIDE // PATCH)
         self.project = nn.Conv2d(PROMPT_DIM, vector * self.scale**2, 1)
+        nn.init.normal_(self.project.weight, std=0.02)
         self.slope, self.offset = nn.Parameter(torch.zeros(())), nn.Parameter(torch.ones(()))
         self.samples, self.reach = samples, reach
 
@@ -131,7 +135,8 @@ class GroupingHead(nn.Module):
         near_y, near_x = (y + move[0]).clamp(0, side - 1), (x + move[1]).clamp(0, side - 1)
         a, near = vectors[picture, :, y, x], vectors[picture, :, near_y, near_x]
         own, near_own = owner[picture, y, x], owner[picture, near_y, near_x]
-        apart = (a[:, :, None] - a[:, None]).square().sum(-1)
+        length = a.square().sum(-1)
+        apart = (length[:, :, None] + length[:, None] - 2 * (a @ a.transpose(1, 2))).clamp(min=0)
         far = self._loss(apart, own[:, :, None], own[:, None].expand(-1, self.samples, -1))
         return far + self._loss((a - near).square().sum(-1), own, near_own)
 
@@ -189,10 +194,23 @@ def mask_iou(logits: Tensor, target: Tensor) -> Tensor:
     return (ours & true).sum((-2, -1)) / union
 
 
-def decode(sam: Sam, embedding: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
-    pe = sam.prompt_encoder.get_dense_pe()
-    masks, iou = sam.mask_decoder.predict_masks(embedding, pe, sparse, dense)
-    return masks.float(), iou.float()
+def decode(sam: Sam, embeddings: Tensor, sparse: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """``MaskDecoder.predict_masks`` for several pictures at once, each with its equal share of the prompts.
+
+    embeddings (B, C, h, w); sparse (B N, T, C); dense (B N, C, h, w). Returns logits (B N, 4, 4h, 4w) and
+    predicted IoU (B N, 4).
+    """
+    decoder, count = sam.mask_decoder, len(sparse)
+    tokens = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
+    tokens = torch.cat([tokens.expand(count, -1, -1), sparse], 1)
+    source = embeddings.repeat_interleave(count // len(embeddings), 0) + dense
+    positions = sam.prompt_encoder.get_dense_pe().expand(count, -1, -1, -1)
+    tokens, source = decoder.transformer(source, positions, tokens)
+    grid = embeddings.shape[-2:]
+    upscaled = decoder.output_upscaling(source.transpose(1, 2).reshape(count, -1, *grid))
+    weights = torch.stack([mlp(tokens[:, 1 + i]) for i, mlp in enumerate(decoder.output_hypernetworks_mlps)], 1)
+    masks = (weights @ upscaled.flatten(2)).unflatten(2, upscaled.shape[-2:])
+    return masks.float(), decoder.iou_prediction_head(tokens[:, 0]).float()
 
 
 def decoding_loss(masks: Tensor, iou: Tensor, target: Tensor) -> Tensor:
@@ -203,30 +221,34 @@ def decoding_loss(masks: Tensor, iou: Tensor, target: Tensor) -> Tensor:
     return best + F.mse_loss(iou, mask_iou(masks.detach(), target))
 
 
-def image_loss(sam: Sam, embedding: Tensor, masks: Tensor, corners: Tensor, correct: bool) -> Tensor:
-    """Loss of all prompts of one picture; ``correct`` adds a second round from the errors of the first."""
-    low = SIDE * 4 // PATCH
-    target = F.adaptive_avg_pool2d(masks[:, None].float(), low)
-    count = len(corners)
+def prompts_loss(
+    sam: Sam, embeddings: Tensor, masks: Tensor, corners: Tensor, correct: bool, decode: Decode = decode
+) -> Tensor:
+    """Loss of all prompts of some pictures; ``correct`` adds a second round from the errors of the first.
+
+    embeddings (B, C, h, w); masks (B, N, H, W); corners (B, N, 2, 2).
+    """
+    low, (pictures, count) = SIDE * 4 // PATCH, masks.shape[:2]
+    target = F.adaptive_avg_pool2d(masks.float(), low).flatten(0, 1)[:, None]
     no_mask = sam.prompt_encoder.no_mask_embed.weight.reshape(1, -1, 1, 1)
-    grid = embedding.shape[-2:]
-    sparse = embed_prompts(sam, corners)
-    logits, iou = decode(sam, embedding, sparse, no_mask.expand(count, -1, *grid))
+    sparse = embed_prompts(sam, corners.flatten(0, 1))
+    logits, iou = decode(sam, embeddings, sparse, no_mask.expand(len(sparse), -1, *embeddings.shape[-2:]))
     loss = decoding_loss(logits, iou, target)
     if not correct:
         return loss
-    half = count // 2
+    first = (torch.arange(pictures * count, device=masks.device) % count) < count // 2
     with torch.no_grad():
-        chosen = logits[:half, 1:][torch.arange(half), iou[:half, 1:].argmax(1)]
-        wrong = (chosen > 0) != (target[:half, 0] > 0.5)
-        weight = wrong.flatten(1).float() + 1e-6
-        spot = torch.multinomial(weight, 1)[:, 0]
-        label = (target[:half, 0].flatten(1).gather(1, spot[:, None]) > 0.5).float()
+        target = target[first]
+        best = iou[first, 1:].argmax(1)
+        chosen = logits[first, 1:][torch.arange(len(best), device=best.device), best]
+        wrong = (chosen > 0) != (target[:, 0] > 0.5)
+        spot = torch.multinomial(wrong.flatten(1).float() + 1e-6, 1)[:, 0]
+        label = (target.flatten(1).gather(1, spot[:, None]) > 0.5).float()
         point = (torch.stack([spot % low, spot // low], -1).float() + 0.5) * (SIDE / low)
     click = sam.prompt_encoder._embed_points(point[:, None] - 0.5, label, pad=False)
     dense = sam.prompt_encoder._embed_masks(chosen[:, None].clamp(-32, 32))
-    logits, iou = decode(sam, embedding, torch.cat([sparse[:half], click], 1), dense)
-    return loss + 0.5 * decoding_loss(logits, iou, target[:half])
+    logits, iou = decode(sam, embeddings, torch.cat([sparse[first], click], 1), dense)
+    return loss + 0.5 * decoding_loss(logits, iou, target)
 
 
 @torch.no_grad()
@@ -252,7 +274,7 @@ def held_out_iou(sam: Sam, count: int) -> tuple[float, float]:
             dense = no_mask.expand(len(corners), -1, *embedding.shape[-2:])
             logits, iou = decode(sam, embedding, sparse, dense)
             pick = iou[:, 1:].argmax(1) + 1
-            chosen = logits[torch.arange(len(pick)), pick][:, None]
+            chosen = logits[torch.arange(len(pick), device=device), pick][:, None]
             chosen = F.interpolate(chosen, (SIDE, SIDE), mode="bilinear", align_corners=False)
             found[kind] += mask_iou(chosen[:, 0], masks).tolist()
     sam.train()
@@ -285,7 +307,7 @@ def main() -> None:
     ask.add_argument("--grouping", type=float, default=1.0, help="weight of the pixel grouping loss")
     ask.add_argument("--start", type=Path, help="weights to begin from")
     ask.add_argument("--first-scene", type=int, default=0)
-    ask.add_argument("--compile", action="store_true", help="torch.compile the image encoder")
+    ask.add_argument("--compile", action="store_true", help="torch.compile encoder and decoder")
     ask.add_argument("--report-every", type=float, default=5, help="minutes between looks at held-out scenes")
     options = ask.parse_args()
 
@@ -297,6 +319,7 @@ def main() -> None:
     print(f"{sum(p.numel() for p in sam.parameters()) / 1e6:.2f} M parameters on {device}", flush=True)
     average = copy.deepcopy(sam).eval()
     encode = torch.compile(sam.image_encoder) if options.compile else sam.image_encoder
+    decoder = torch.compile(decode, dynamic=False) if options.compile else decode
     grouping = GroupingHead().to(device)
     steppers = optimizers(sam, options.lr)
     steppers[1].add_param_group({"params": list(grouping.parameters())})
@@ -317,10 +340,7 @@ def main() -> None:
             embeddings = encode(sam.preprocess(images.float())).float()
         correct = elapsed > 0.4 and step % 4 == 0
         # The decoder stays in fp32: its matrices are small, and on a CPU bf16 makes them slower.
-        loss = torch.stack(
-            [image_loss(sam, embeddings[i : i + 1], masks[i], corners[i], correct)
-             for i in range(len(images))]
-        ).mean()  # fmt: skip
+        loss = prompts_loss(sam, embeddings, masks, corners, correct, decoder)
         group_loss = grouping(embeddings, owner.to(device))
         (loss + options.grouping * group_loss).backward()
         nn.utils.clip_grad_norm_(sam.parameters(), 1.0)

@@ -15,6 +15,7 @@ from workers.worker import run
 
 def main() -> int:
     """Work until SIGTERM or SIGINT; a second one gives up the running job, which another worker retries."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the jobs: spinning threads slow the API down
     settings = Settings()
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
     logging.basicConfig(level=settings.log_level.upper(), format=form)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -12,7 +13,7 @@ from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker import SpawnWorker
 
-from hypersam.jobs import COMPRESS_QUEUE, connect
+from hypersam.jobs import COMPRESS_QUEUE, JobBoard, connect
 from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
 
@@ -77,5 +78,6 @@ def build_worker(settings: Settings) -> CompressWorker:
 
 def run(settings: Settings) -> None:
     """Sweep what dead jobs left, then work until a signal comes."""
-    ArtifactStore(settings.data_dir).sweep(settings.upload_retention)
+    with contextlib.closing(connect(settings)) as connection:
+        JobBoard(connection, ArtifactStore(settings.data_dir), settings).sweep()
     build_worker(settings).work(logging_level=settings.log_level.upper())

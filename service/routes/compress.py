@@ -112,7 +112,7 @@ def _fields_of(form: Form) -> CompressFields:
     if "options" in values:
         try:
             values["options"] = json.loads(values["options"])
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(f"options is not a JSON object: {error}") from error
     try:
         return CompressFields.model_validate(values)

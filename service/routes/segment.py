@@ -112,15 +112,15 @@ class ImageSink:
 async def segment(request: Request, state: StateDep) -> Response:
     """Return masks for points and boxes; with ``Accept: image/png`` the one mask itself."""
     began = time.perf_counter()
-    asked = await _read(request, state.settings)
+    asked = await _read(request, state)
+    as_png = _wants_png(request)
+    if as_png and (len(asked.prompts) != 1 or asked.multimask):
+        raise NotAcceptable("image/png holds one mask: send one prompt without multimask, or ask for JSON")
     received = time.perf_counter()
-    model, image = await to_thread.run_sync(_prepare, state, asked)
+    model, image = await to_thread.run_sync(_prepare, state, asked, limiter=state.pictures)
     decoded = time.perf_counter()
     result = await state.engine.segment(model, image, asked.prompts, multimask=asked.multimask, image_id=asked.image_id)
     segmented = time.perf_counter()
-    as_png = request.headers.get("accept", "").partition(";")[0].strip() == "image/png"
-    if as_png and len(result.masks) != 1:
-        raise NotAcceptable(f"image/png holds one mask and the answer has {len(result.masks)}; ask for JSON")
     body: dict[str, Any] | bytes
     if as_png:
         body = await to_thread.run_sync(_png, result)
@@ -141,6 +141,12 @@ async def segment(request: Request, state: StateDep) -> Response:
     if isinstance(body, bytes):
         return Response(body, media_type="image/png", headers={**headers, "X-Image-Id": result.image_id})
     return JSONResponse({**body, "timings": timings}, headers=headers)
+
+
+def _wants_png(request: Request) -> bool:
+    """Whether Accept names image/png itself, alone or among others; ``*/*`` and ``image/*`` mean JSON."""
+    kinds = ",".join(request.headers.getlist("accept")).split(",")
+    return any(kind.partition(";")[0].strip().lower() == "image/png" for kind in kinds)
 
 
 def _prepare(state: State, asked: _Asked) -> tuple[ModelFile, NDArray[np.uint8] | None]:
@@ -176,8 +182,8 @@ def _png(result: Segmentation) -> bytes:
     return to_png(result.masks[0].mask)
 
 
-async def _read(request: Request, settings: Settings) -> _Asked:
-    kind = media_type(request)
+async def _read(request: Request, state: State) -> _Asked:
+    kind, settings = media_type(request), state.settings
     if kind == "multipart/form-data":
         return await _read_form(request, settings)
     if kind == "application/json":
@@ -186,7 +192,7 @@ async def _read(request: Request, settings: Settings) -> _Asked:
             body = await read_body(request, limit)
         except BodyTooLarge as error:
             raise ImageTooLarge(f"the request has more than the {limit} bytes accepted") from error
-        return await to_thread.run_sync(_parse_json, body, settings)
+        return await to_thread.run_sync(_parse_json, body, settings, limiter=state.pictures)
     raise UnsupportedMedia("send multipart/form-data or application/json")
 
 
@@ -247,8 +253,13 @@ def _asked(
         raise PromptError(f"{len(prompts)} prompts; {settings.max_prompts} are accepted")
     if any(len(prompt.points) > settings.max_points for prompt in prompts):
         raise PromptError(f"more than the {settings.max_points} points accepted in one prompt")
-    made = tuple(Prompt(tuple(p.points), tuple(p.point_labels), p.box) for p in prompts)
+    made = tuple(_prompt(body) for body in prompts)
     return _Asked(model, image, image_id, made, multimask, form)
+
+
+def _prompt(body: PromptBody) -> Prompt:
+    mask = None if body.mask_input is None else np.asarray(body.mask_input, np.float32)
+    return Prompt(tuple(body.points), tuple(body.point_labels), body.box, mask)
 
 
 def _numbers(fields: Mapping[str, str], name: str) -> list[Any]:

@@ -114,6 +114,7 @@ def test_fields_may_come_before_or_after_the_file(api: Api, checkpoint: Path) ->
         ({"options": '{"side": -1}'}, "invalid_option", "side"),
         ({"options": "{"}, "invalid_request", "options"),
         ({"options": "[1]"}, "invalid_request", "options"),
+        ({"options": "[" * 100_000}, "invalid_request", "options"),
         ({"target_ratio": "8"}, "invalid_option", "target_ratio"),
         ({"preset": "small"}, "invalid_option", "preset"),
         ({"max_error": "0.1"}, "invalid_option", "max_error"),

@@ -3,6 +3,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import redis as redis_package
+
 from hypersam.embedded_redis import EmbeddedRedis
 from hypersam.settings import Settings
 from tests.service.running import Api, WorkerProcess, assert_problem, picture
@@ -69,3 +71,24 @@ def test_the_distributed_form_tells_the_truth(tmp_path: Path) -> None:
     finally:
         service.stop()
         redis.stop()
+
+
+def test_a_redis_that_refuses_is_no_fault_of_ours(
+    tmp_path: Path, checkpoint: Path, redis_server: EmbeddedRedis
+) -> None:
+    """Its memory is full, and so it takes no writes; reads it answers."""
+    settings = Settings(
+        data_dir=tmp_path / "store", redis_url=redis_server.url, port=0, workers=0, device="cpu",
+        register_default=False,
+    )  # fmt: skip
+    service = Api(settings)
+    try:
+        with redis_package.Redis.from_url(redis_server.url) as client:
+            client.config_set("maxmemory", 1)
+        refused = service.compress(checkpoint, name="m")
+        assert "refuses" in assert_problem(refused, 503, "unavailable")["detail"]
+        assert refused.headers["retry-after"]
+        assert service.http.get("/jobs").status_code == 200
+        assert not list((settings.data_dir / "uploads").iterdir())
+    finally:
+        service.stop()

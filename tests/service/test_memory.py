@@ -12,6 +12,8 @@ import pytest
 from hypersam.settings import Settings
 from tests.service.running import Api
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 SIZE = 2600 * MIB if os.environ.get("HYPERSAM_TEST_FULL_UPLOAD") else 600 * MIB
 

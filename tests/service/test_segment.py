@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -17,7 +18,11 @@ from PIL import Image
 from pycocotools import mask as coco
 
 import hypersam
-from tests.models import ModelSize, save_checkpoint
+from hypersam.errors import ImageError
+from hypersam.settings import Settings
+from service.app import create_app
+from service.routes import segment as routes
+from tests.models import TINY, ModelSize, save_checkpoint
 from tests.service.running import Api, assert_problem, picture
 
 
@@ -80,8 +85,90 @@ def test_png_itself_when_asked_for(api: Api, model: str) -> None:
     response = ask(api, model, points=[[3, 3]], headers={"Accept": "image/png"})
     assert response.headers["content-type"] == "image/png"
     assert Image.open(io.BytesIO(response.content)).size == (96, 64)
-    many = ask(api, model, points=[[3, 3]], multimask="true", headers={"Accept": "image/png"})
+    for accept in ("image/png, */*", "application/json, image/png;q=0.9", "*/*,IMAGE/PNG"):
+        listed = ask(api, model, points=[[3, 3]], headers={"Accept": accept})
+        assert listed.headers["content-type"] == "image/png"
+    for accept in ("*/*", "image/*", "application/json"):
+        other = ask(api, model, points=[[3, 3]], headers={"Accept": accept})
+        assert other.headers["content-type"] == "application/json"
+
+
+def test_png_of_several_masks_is_refused_before_the_encoder_runs(api: Api, model: str) -> None:
+    headers = {"Accept": "image/png"}
+    image = picture(seed=77)
+    many = ask(api, model, image, points=[[3, 3]], multimask="true", headers=headers)
     assert_problem(many, 406, "not_acceptable")
+    prompts = [{"box": [0, 0, 50, 50]}, {"box": [0, 0, 20, 20]}]
+    body = {"model": model, "image": base64.b64encode(image).decode(), "prompts": prompts}
+    assert_problem(api.http.post("/segment", json=body, headers=headers), 406, "not_acceptable")
+    assert ask(api, model, image, points=[[3, 3]]).json()["cached"] is False
+
+
+def test_a_mask_input_refines(api: Api, model: str) -> None:
+    side = 4 * TINY.grid
+    image = base64.b64encode(picture()).decode()
+
+    def post(mask: Any, **prompt: Any) -> httpx.Response:
+        body = {"model": model, "image": image, "prompts": [{"mask_input": mask, **prompt}]}
+        # As text: httpx refuses to write what is no JSON, and clients may not.
+        return api.http.post("/segment", content=json.dumps(body), headers={"Content-Type": "application/json"})
+
+    def given(value: float) -> list[list[float]]:
+        return [[value] * side for _ in range(side)]
+
+    click = {"points": [[30, 20]], "point_labels": [1]}
+    scores = []
+    for value in (-8.0, 8.0, 1e6):
+        response = post(given(value), **click)
+        assert response.status_code == 200, response.text
+        scores.append(response.json()["masks"][0]["score"])
+    assert scores[0] != scores[1]
+    assert post(None, **click).status_code == 200
+    assert post(given(8.0)).status_code == 200  # a mask input alone is a prompt
+    wrong = post([[0.0] * (side + 1)] * (side + 1), **click)
+    assert str(side) in assert_problem(wrong, 422, "bad_prompt")["detail"]
+    for bad in (
+        [], [[]], [[1.0, 2.0], [1.0]], [["x"] * 9] * 9, given(float("nan")), given(float("inf")), given(1e39),
+        [[0.0]] * 1025, [[0.0] * 1025],
+    ):  # fmt: skip
+        problem = assert_problem(post(bad, **click), 422, "invalid_request")
+        assert "mask_input" in problem["detail"]
+        assert len(problem["errors"]) == 1
+
+
+def test_few_pictures_are_decoded_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, most = 0, 0
+    lock = threading.Lock()
+
+    def slow(state: object, asked: object) -> None:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        raise ImageError("that is enough")
+
+    monkeypatch.setattr(routes, "_prepare", slow)
+    # No Redis answers there: the service starts all the same.
+    settings = Settings(data_dir=tmp_path, redis_url="unix:///nowhere.sock", device="cpu", register_default=False)
+    app = create_app(settings)
+    body = {"model": "m", "image_id": "x", "prompts": [{"box": [0, 0, 5, 5]}]}
+
+    async def many() -> list[httpx.Response]:
+        async with app.router.lifespan_context(app) as state:
+
+            async def served(scope: Any, receive: Any, send: Any) -> None:
+                await app({**scope, "state": dict(state or {})}, receive, send)
+
+            transport = httpx.ASGITransport(served)
+            async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+                return await asyncio.gather(*(client.post("/segment", json=body) for _ in range(8)))
+
+    answers = asyncio.run(many())
+    assert {answer.json()["code"] for answer in answers} == {"bad_image"}
+    assert most == 2
 
 
 def test_several_masks_and_prompts(api: Api, model: str) -> None:
@@ -180,8 +267,13 @@ def test_bad_requests(api: Api, model: str) -> None:
         ({"model": model, "image_id": "x", "prompts": []}, 422, "invalid_request"),
         ({"model": model, "image_id": "x", "prompts": prompts * 100}, 422, "bad_prompt"),
         ({"image_id": "x", "prompts": prompts}, 422, "invalid_request"),
+        ({"model": model, "image_id": "x", "prompts": [{"points": [0] * 5000}]}, 422, "invalid_request"),
     ):
         assert_problem(api.http.post("/segment", json=body), status, code)
+    gif = {"model": model, "image_id": "x", "prompts": prompts, "format": "gif"}
+    detail = assert_problem(api.http.post("/segment", json=gif), 422, "invalid_request")["detail"]
+    assert "rle" in detail
+    assert "png" in detail
     assert_problem(api.http.post("/segment", content=b"x"), 415, "unsupported_media_type")
 
 

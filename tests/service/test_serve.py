@@ -18,6 +18,8 @@ from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
 from tests.service.running import SERVE, Api, Process
 
+pytestmark = pytest.mark.slow
+
 
 def family(pid: int) -> list[psutil.Process]:
     return psutil.Process(pid).children(recursive=True)

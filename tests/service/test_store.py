@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from hypersam.errors import InvalidName, NameTaken, StoreFull, UnknownModel, UnknownUpload, UploadTooLarge
 from hypersam.settings import Settings
@@ -102,10 +103,40 @@ def test_sweeping_spares_what_is_young(store: ArtifactStore) -> None:
     young.discard()
 
 
+def committed(store: ArtifactStore, content: bytes, age: float) -> str:
+    upload = store.new_upload(100)
+    upload.write(content)
+    upload.finish()
+    path = upload.commit()
+    moment = time.time() - age
+    os.utime(path, (moment, moment))
+    return upload.digest
+
+
+def test_sweeping_spares_uploads_that_are_wanted(store: ArtifactStore) -> None:
+    wanted, unwanted, touched = (committed(store, content, 1000) for content in (b"a", b"b", b"c"))
+    store.touch_upload(touched)
+    store.touch_upload("0" * 64)  # not there: nothing happens, and nothing appears
+    store.sweep(500)
+    assert {path.name for path in store.uploads.iterdir()} == {wanted, unwanted, touched}
+    store.sweep(500, keep={wanted})
+    assert {path.name for path in store.uploads.iterdir()} == {wanted, touched}
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:12"])
+def test_devices(device: str) -> None:
+    assert Settings(device=device).device == device
+
+
+@pytest.mark.parametrize("device", ["", "gpu", "cuda:", "cuda:x", "cuda:0\n", "xcpu", "mps"])
+def test_no_devices(device: str) -> None:
+    with pytest.raises(ValidationError):
+        Settings(device=device)
+
+
 def test_settings_reach_a_child(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = Settings(
-        data_dir=tmp_path, redis_url="unix:///a%20b", workers=3, url_sources=("https://a/", "https://b/"),
-        keep_uploads=True, device="cpu",
+        data_dir=tmp_path, redis_url="unix:///a%20b", workers=3, keep_uploads=True, device="cuda:1",
     )  # fmt: skip
     for name, value in settings.environment().items():
         monkeypatch.setenv(name, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -197,6 +198,34 @@ def test_an_upload_stays_while_another_job_wants_it(bench: Bench, checkpoint: by
     bench.board.cancel(second.id)
     with pytest.raises(UnknownUpload):
         bench.store.upload(second.source_sha256)
+
+
+def test_sweeping_spares_what_waiting_jobs_need(bench: Bench, checkpoint: bytes) -> None:
+    waiting = bench.submit(checkpoint, "a")
+    unwanted = bench.store.new_upload(10)
+    unwanted.write(b"old")
+    unwanted.finish()
+    long_ago = time.time() - 10 * bench.settings.upload_retention
+    for path in (bench.store.upload(waiting.source_sha256), unwanted.commit()):
+        os.utime(path, (long_ago, long_ago))
+    JobBoard(bench.redis, bench.store, bench.settings.model_copy(update={"keep_uploads": True})).sweep()
+    assert len(list(bench.store.uploads.iterdir())) == 2
+    nowhere = bench.settings.model_copy(update={"redis_url": "unix:///nowhere.sock"})
+    with contextlib.closing(connect(nowhere)) as connection:
+        JobBoard(connection, bench.store, nowhere).sweep()  # cannot know, deletes nothing
+    assert len(list(bench.store.uploads.iterdir())) == 2
+    bench.board.sweep()
+    assert [path.name for path in bench.store.uploads.iterdir()] == [waiting.source_sha256]
+
+
+def test_a_job_makes_its_upload_young(bench: Bench, checkpoint: bytes) -> None:
+    upload = bench.store.new_upload(1 << 30)
+    upload.write(checkpoint)
+    path = bench.store.uploads / upload.finish()
+    upload.commit()
+    os.utime(path, (1, 1))
+    bench.board.submit(spec(upload.digest), lambda: bench.store.upload(upload.digest))
+    assert path.stat().st_mtime > time.time() - 100
 
 
 def test_jobs_are_json_in_redis(bench: Bench, checkpoint: bytes) -> None:
