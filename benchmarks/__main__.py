@@ -9,6 +9,7 @@ import typer
 from rich import print as show
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
+Peers = Annotated[Path | None, typer.Option(help="Python of an environment with other compressors.")]
 SMALL_SAM = Path(__file__).parent.parent / "hypersam" / "assets" / "small_sam.pth"
 
 
@@ -40,6 +41,48 @@ def serving(
     from benchmarks import serving as benchmark
 
     _print(benchmark.run(checkpoint, requests))
+
+
+@app.command()
+def codecs(
+    minilm: Annotated[Path | None, typer.Option(help="A transformer's model.safetensors.")] = None,
+    peers: Peers = None,
+) -> None:
+    """Bits, SQNR and speed of the codecs on the small SAM's matrices, a transformer's, and synthetic rows."""
+    from benchmarks import codecs as benchmark
+
+    sources = {"small_sam": benchmark.matrices(SMALL_SAM), **benchmark.synthetic()}
+    if minilm is not None:
+        sources[minilm.parent.parent.name] = benchmark.matrices(minilm)
+    for row in benchmark.run(sources, peers):
+        show(f"{row['source']:>12}  {row['method']:40} {row['bits_per_weight']:7.3f} bits  {row['sqnr_db']:6.2f} dB  "
+             f"{row['million_per_s']:8.1f} M/s")  # fmt: skip
+
+
+@app.command()
+def allocation(checkpoint: Annotated[Path, typer.Option(help="Checkpoint to allocate for.")] = SMALL_SAM) -> None:
+    """Masks' agreement with the original's at the same size, by the policy that deals out the bits."""
+    from benchmarks import allocation as benchmark
+
+    for row in benchmark.run(checkpoint):
+        _print(row)
+        show("")
+
+
+@app.command()
+def quality(
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint to compress.")] = SMALL_SAM,
+    objects: Annotated[int, typer.Option(min=10, help="Generated objects to ask for.")] = 4000,
+    peers: Peers = None,
+) -> None:
+    """Masks of the presets, of the published codec and of other projects' weights against the original's."""
+    from benchmarks import quality as benchmark
+
+    for row in benchmark.run(checkpoint, objects, peers):
+        show(f"{row['method']:>20}  {row['fp32_ratio']:5.2f}x  lost {row['point_lost_points']:6.2f} "
+             f"(at most {row['point_lost_upper95']:5.2f}) / {row['box_lost_points']:6.2f} "
+             f"({row['box_lost_upper95']:5.2f}) points  agreement {row['point_agreement']:.4f} / "
+             f"{row['box_agreement']:.4f}")  # fmt: skip
 
 
 def _print(row: dict[str, Any]) -> None:

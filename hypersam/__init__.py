@@ -13,22 +13,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hypersam.compression import CompressReport, Progress, compress
+    from hypersam.compression import Progress, compress, plan
     from hypersam.errors import HypersamError
     from hypersam.loading import load
+    from hypersam.reports import CompressReport, PlanReport
     from hypersam.sam.predictor import SamPredictor
 
-__all__ = ["CompressReport", "HypersamError", "Progress", "SamPredictor", "compress", "load"]
+__all__ = ["CompressReport", "HypersamError", "PlanReport", "Progress", "SamPredictor", "compress", "load", "plan"]
 __version__ = "0.1.0"
 
 # Imported at first use: the command line answers --help, and the API starts, without waiting for torch.
 _HOMES = {
-    "CompressReport": "hypersam.compression",
+    "CompressReport": "hypersam.reports",
     "HypersamError": "hypersam.errors",
+    "PlanReport": "hypersam.reports",
     "Progress": "hypersam.compression",
     "SamPredictor": "hypersam.sam.predictor",
     "compress": "hypersam.compression",
     "load": "hypersam.loading",
+    "plan": "hypersam.compression",
 }
 
 

@@ -1,36 +1,52 @@
-"""A checkpoint in, a compressed model and a report out."""
+"""A checkpoint in, a compressed model and a report out; or a plan, which tells what would come out."""
 
 from __future__ import annotations
 
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hypersam.checkpoint import read_checkpoint, sha256_of
-from hypersam.errors import InvalidOption, artifact_errors
-from hypersam.loading import is_artifact, resolve_device
-from hypersam.sam.detect import Detected, detect, linear_weights
-from hypersam.sam.families.sam_vit import SamViT
+from hypersam import fidelity, sensitivity
+from hypersam.allocation import Choice, Curves, smallest_within, solve
+from hypersam.checkpoint import Checkpoint, read_checkpoint, sha256_of
+from hypersam.codecs import CODEC_VERSION, DEFAULT_CODEC
+from hypersam.encoding import EncodedTensor, decibels, encode_all, encode_birkhoff, sqnr_db
+from hypersam.errors import InvalidOption, TargetUnreachable, artifact_errors
+from hypersam.loading import compressed_model, dense_model, is_artifact, resolve_device
+from hypersam.options import Goal, check_options, goal_of
+from hypersam.planning import Roles, every_choice, measured_curves, predicted_prefix, roles_of
+from hypersam.reports import (
+    CompressReport,
+    PlanReport,
+    TensorReport,
+    fp32_bytes,
+    resident_bytes,
+    sizes,
+    stored_report,
+    tensor_report,
+)
+from hypersam.sam.detect import Detected, detect
+from hypersam.sam.model import SamModel
 from kernels import artifact as artifact_format
-from kernels.codec import BirkhoffConfig, BirkhoffTensor, Encoded, RawTensor, decode, encode
 
-CODECS = ("birkhoff",)
-MAX_NODE_COUNTS = 16
-CODEC_VERSION = "1"
-"""Counts up when the same checkpoint and options would give other bytes."""
+_FIDELITY_BYTES = 1500  # that the fidelity report takes in the header, about
+_SHORTFALL = 0.003  # share of the budget that the first plan leaves, because estimates err by as much
+_ROUNDS = 6
+_WITHIN = 0.0085  # share of the budget that may be left over
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a compression is: ``done`` of ``total`` bytes of the named stage
-    (``reading``, ``encoding``, ``writing``, ``verifying``)."""
+    """How far a compression is: ``done`` of ``total`` of the named stage (``reading``, ``measuring``, ``planning``,
+    ``encoding``, ``comparing``, ``writing``, ``verifying``): bytes, or passes of ``measuring`` and ``comparing``."""
 
     stage: str
     done: int
@@ -40,84 +56,58 @@ class Progress:
 ProgressCallback = Callable[[Progress], None]
 
 
-@dataclass(frozen=True)
-class TensorReport:
-    """What became of one tensor. ``bits_per_weight`` is that of its stream alone; ``sqnr_db`` and
-    ``mean_error`` (absolute, padding counted) are None for a tensor stored as it is."""
+@dataclass
+class _Job:
+    """What the stages of one compression share."""
 
-    name: str
-    shape: tuple[int, ...]
-    encoding: str
-    bits_per_weight: float
-    mean_error: float | None
-    sqnr_db: float | None
-
-
-@dataclass(frozen=True)
-class CompressReport:
-    """A compression in figures.
-
-    ``ratio``: bytes of the source file over bytes of the artifact. ``bits_per_weight`` and ``sqnr_db``
-    (10·log10 of Σw² / Σ(w−ŵ)²) are over all encoded tensors, side information counted, tensors stored as
-    they are left out; None where nothing was encoded. ``encoded_share``: share of the values that were.
-    """
-
-    codec: str
-    codec_version: str
+    source: Path
+    checkpoint: Checkpoint
+    detected: Detected
+    sha256: str
+    goal: Goal
+    device: torch.device
     options: dict[str, Any]
-    family: str
-    variant: str
-    candidates: tuple[str, ...]
-    parameters: int
-    encoded_share: float
-    ratio: float
-    bits_per_weight: float | None
-    sqnr_db: float | None
-    seconds: float
-    source_bytes: int
-    artifact_bytes: int
-    source_sha256: str
-    artifact_sha256: str
-    tensors: tuple[TensorReport, ...]
+    roles: Roles
+    tell: ProgressCallback
+    seconds: dict[str, float] = field(default_factory=dict)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return asdict(self)
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        return self.checkpoint.tensors
 
-def check_options(codec: str, options: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The options of a codec with its defaults filled in, ready for JSON.
+    @property
+    def header(self) -> dict[str, Any]:
+        """The artifact's own mappings, but for the report."""
+        detected, checkpoint = self.detected, self.checkpoint
+        return {
+            "codec": {"name": self.goal.codec, "version": CODEC_VERSION, "options": self.options},
+            "model": {"family": detected.family, "variant": detected.variant, "candidates": list(detected.candidates),
+                      "config": detected.config.as_dict()},
+            "source": {"sha256": self.sha256, "bytes": self.source.stat().st_size, "container": checkpoint.container,
+                       "wrapper": checkpoint.wrapper, "prefix": checkpoint.prefix},
+        }  # fmt: skip
 
-    Raises InvalidOption for an unknown codec, an unknown option or a value outside its range.
-    """
-    if codec not in CODECS:
-        raise InvalidOption(f"unknown codec {codec!r}; known: {', '.join(CODECS)}")
-    return asdict(_config(options or {}))
-
-
-def _config(options: Mapping[str, Any]) -> BirkhoffConfig:
-    known = {f.name for f in fields(BirkhoffConfig)}
-    if unknown := sorted(set(options) - known):
-        raise InvalidOption(f"birkhoff has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
-    values = dict(options)
-    if "nodes" in values:
-        nodes = values["nodes"]
-        values["nodes"] = (
-            (nodes,) if isinstance(nodes, int) else tuple(nodes) if isinstance(nodes, (list, tuple)) else nodes
-        )
-    if isinstance(values.get("nodes"), tuple) and len(values["nodes"]) > MAX_NODE_COUNTS:
-        raise InvalidOption(f"birkhoff: nodes may name at most {MAX_NODE_COUNTS} node counts")
-    try:
-        return BirkhoffConfig(**values)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InvalidOption(f"birkhoff: {error}") from error
+    def prefix_bytes(
+        self, found: Mapping[str, EncodedTensor], moves: Mapping[str, float], compared: Mapping[str, Any] | None
+    ) -> int:
+        """Bytes of the artifact before its first stream."""
+        encoded = {name: t.encoded for name, t in found.items()}
+        return artifact_format.prefix_bytes(encoded, **self.header, report=stored_report(found, moves, compared))
 
 
 def compress(
     source: Path | str,
     target: Path | str,
     *,
-    codec: str = "birkhoff",
+    codec: str = DEFAULT_CODEC,
     variant: str | None = None,
     options: Mapping[str, Any] | None = None,
     device: str | torch.device = "auto",
@@ -125,144 +115,260 @@ def compress(
 ) -> CompressReport:
     """Compress the checkpoint ``source`` into the artifact ``target``.
 
-    The artifact appears under its name only when it is whole and its checksums are verified. ``progress``
-    may raise to stop; nothing is left behind then. Raises CheckpointError and InvalidOption.
+    ``options``: see ``hypersam.options``: for ``lattice`` and ``orbit`` one of ``preset``, ``target_ratio``,
+    ``target_mb`` and ``max_error``, besides ``policy`` and ``fidelity``. The artifact appears under its name only
+    when it is whole and its checksums are verified. ``progress`` may raise to stop; nothing is left behind then.
+    Raises CheckpointError, InvalidOption and TargetUnreachable.
     """
     began = time.perf_counter()
     source, target = Path(source), Path(target)
     checked = check_options(codec, options)
-    config = _config(checked)
-    tell = progress or (lambda _: None)
-    place = resolve_device(device)
     if source.exists() and target.exists() and target.samefile(source):
         raise InvalidOption(f"the artifact would replace its source {source.name}; give it another name")
+    job = _open(source, checked, codec, variant, device, progress)
+    moves = _sensitivities(job)
+    budget, reserve = job.goal.budget(fp32_bytes(job.tensors.values())), 0
+    for _ in range(_ROUNDS):
+        found = _encode(job, moves, reserve)
+        compared = _compare(job, found) if job.goal.fidelity else None
+        size = job.prefix_bytes(found, moves, compared) + sum(t.nbytes for t in found.values())
+        if budget is None or size <= budget:
+            break
+        # The fidelity report came out longer than expected: make room for it.
+        reserve += size - budget + 64
+    else:
+        raise TargetUnreachable(f"the artifact takes {size} bytes, and {budget} were asked for")
+    with job.stage("writing"):
+        artifact_sha256, artifact_bytes = _write(job, target, found, moves, compared)
+    encoded = {name: t.encoded for name, t in found.items()}
+    full = fp32_bytes(job.tensors.values())
+    source_bytes = source.stat().st_size
+    return CompressReport(
+        codec=codec, codec_version=CODEC_VERSION, options=checked, family=job.detected.family,
+        variant=job.detected.variant, candidates=job.detected.candidates, parameters=job.checkpoint.parameters,
+        ratio=source_bytes / artifact_bytes, fp32_ratio=full / artifact_bytes, sqnr_db=sqnr_db(found.values()),
+        seconds=time.perf_counter() - began, stage_seconds=job.seconds, source_bytes=source_bytes, fp32_bytes=full,
+        artifact_bytes=artifact_bytes,
+        resident_bytes=sum(resident_bytes(e, layer=name in job.roles.layers) for name, e in encoded.items()),
+        source_sha256=job.sha256, artifact_sha256=artifact_sha256, fidelity=compared,
+        **sizes(encoded, artifact_bytes),
+        tensors=tuple(
+            tensor_report(name, t.encoded, t.sqnr_db, moves.get(name)) for name, t in found.items()
+        ),
+    )  # fmt: skip
+
+
+def plan(
+    source: Path | str,
+    *,
+    codec: str = DEFAULT_CODEC,
+    variant: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    device: str | torch.device = "auto",
+    progress: ProgressCallback | None = None,
+) -> PlanReport:
+    """What ``compress`` would give, by tensor, without encoding or writing anything.
+
+    Raises the same errors, and InvalidOption for ``birkhoff``, which plans nothing.
+    """
+    began = time.perf_counter()
+    checked = check_options(codec, options)
+    if codec == "birkhoff":
+        raise InvalidOption("birkhoff decides for each tensor while it encodes; plans are for lattice and orbit")
+    job = _open(Path(source), checked, codec, variant, device, progress)
+    moves = _sensitivities(job)
+    full, source_bytes = fp32_bytes(job.tensors.values()), job.source.stat().st_size
+    with job.stage("planning"):
+        found = _curves(job, moves)
+        prefix = predicted_prefix(job.tensors, job.header) + (_FIDELITY_BYTES if job.goal.fidelity else 0)
+        kept = sum(t.nbytes for name, t in job.tensors.items() if name not in found.names)
+        budget = job.goal.budget(full)
+        aim = None if budget is None else (budget - prefix - kept) * (1 - _SHORTFALL)
+        made = smallest_within(found) if aim is None else solve(found, aim, policy=job.goal.policy)
+    nbytes = int(made.total_bytes) + prefix + kept
+    energy = {facts.name: facts.energy for facts in found.tensors}
+    rows = []
+    for name, tensor in job.tensors.items():
+        size, encoding = (made.nbytes[name], made.choices[name].encoding) if name in energy else (tensor.nbytes, "raw")
+        sqnr = decibels(energy.get(name, 0.0), made.squared_error.get(name, 0.0))
+        error = None if sqnr is None else 10 ** (-sqnr / 20)
+        bits = 8 * size / max(1, tensor.numel())
+        rows.append(TensorReport(name, tuple(tensor.shape), encoding, bits, sqnr, error, moves.get(name), None))
+    return PlanReport(
+        codec=codec, codec_version=CODEC_VERSION, options=checked, family=job.detected.family,
+        variant=job.detected.variant, candidates=job.detected.candidates, parameters=job.checkpoint.parameters,
+        ratio=source_bytes / nbytes, fp32_ratio=full / nbytes,
+        sqnr_db=decibels(math.fsum(energy.values()), math.fsum(made.squared_error.values())),
+        seconds=time.perf_counter() - began, stage_seconds=job.seconds, source_bytes=source_bytes, fp32_bytes=full,
+        artifact_bytes=nbytes, source_sha256=job.sha256, tensors=tuple(rows),
+    )  # fmt: skip
+
+
+# --- stages ----------------------------------------------------------------------------------------------
+
+
+def _open(
+    source: Path, options: dict[str, Any], codec: str, variant: str | None, device: str | torch.device,
+    progress: ProgressCallback | None,
+) -> _Job:  # fmt: skip
+    tell = progress or (lambda _: None)
+    place = resolve_device(device)
     if source.is_file() and is_artifact(source):
         raise InvalidOption(f"{source.name} is a compressed model already; compress takes a checkpoint")
+    began = time.perf_counter()
     checkpoint = read_checkpoint(source)
     detected = detect(checkpoint.tensors, variant=variant)
-    source_bytes = source.stat().st_size
-    source_sha256 = sha256_of(source, lambda n: tell(Progress("reading", n, source_bytes)))
+    size = source.stat().st_size
+    sha256 = sha256_of(source, lambda n: tell(Progress("reading", n, size)))
+    goal, roles = goal_of(codec, options), roles_of(detected)
+    job = _Job(source, checkpoint, detected, sha256, goal, place, options, roles, tell)
+    job.seconds["reading"] = time.perf_counter() - began
+    return job
 
-    encoded: dict[str, Encoded] = {}
-    squares: dict[str, tuple[float, float]] = {}
-    by_row, keep_raw = _roles(detected)
-    total = sum(t.numel() * t.element_size() for t in checkpoint.tensors.values())
-    done = 0
+
+def _sensitivities(job: _Job) -> dict[str, float]:
+    """Of every parameter, where they decide about anything; else none."""
+    goal = job.goal
+    if goal.config is not None or goal.max_error is not None or goal.policy != "sensitivity":
+        return {}
+    with job.stage("measuring"):
+        model = dense_model(job.tensors, job.detected, device=job.device)
+        return sensitivity.measure(model, progress=lambda n, of: job.tell(Progress("measuring", n, of)))
+
+
+def _curves(job: _Job, moves: Mapping[str, float]) -> Curves:
+    return measured_curves(
+        job.tensors, job.roles, job.goal, moves, lambda n, of: job.tell(Progress("planning", n, of))
+    )  # fmt: skip
+
+
+def _encode(job: _Job, moves: Mapping[str, float], reserve: int) -> dict[str, EncodedTensor]:
+    """All tensors coded as the goal wants it; ``reserve``: bytes to leave besides."""
+    total = sum(t.nbytes for t in job.tensors.values())
+
+    def told(done: int) -> None:
+        job.tell(Progress("encoding", done, total))
+
     with torch.inference_mode():
-        for key, tensor in checkpoint.tensors.items():
-            tell(Progress("encoding", done, total))
-            encoded[key] = encode(tensor.to(place), config, by_row=key in by_row, keep_raw=key in keep_raw)
-            if isinstance(encoded[key], BirkhoffTensor):
-                squares[key] = _squares(tensor, decode(encoded[key]))
-            done += tensor.numel() * tensor.element_size()
-    tell(Progress("encoding", total, total))
+        if job.goal.config is not None:
+            with job.stage("encoding"):
+                return encode_birkhoff(
+                    job.tensors, job.goal.config, layers=job.roles.layers, buffers=job.roles.buffers,
+                    device=job.device, progress=told,
+                )  # fmt: skip
+        with job.stage("planning"):
+            found = _curves(job, moves)
+        if job.goal.max_error is not None:
+            return _within_error(job, found, told)
+        return _within_budget(job, found, moves, reserve, told)
 
-    tell(Progress("writing", 0, 1))
+
+def _within_budget(
+    job: _Job, found: Curves, moves: Mapping[str, float], reserve: int, told: Callable[[int], None]
+) -> dict[str, EncodedTensor]:
+    """Encode to the size asked for: plan, encode, see what it takes, and plan again with what was learnt."""
+    budget = job.goal.budget(fp32_bytes(job.tensors.values()))
+    assert budget is not None
+    total = sum(t.nbytes for t in job.tensors.values())
+    reserve += _FIDELITY_BYTES if job.goal.fidelity else 0
+    kept = sum(t.nbytes for name, t in job.tensors.items() if name not in found.names)
+    aim = (budget - reserve - kept - predicted_prefix(job.tensors, job.header)) * (1 - _SHORTFALL)
+    choices: dict[str, Choice] = {}
+    made: dict[str, EncodedTensor] = {}
+    best: dict[str, EncodedTensor] | None = None
+    best_size = 0
+    for _ in range(_ROUNDS):
+        with job.stage("planning"):
+            wanted = every_choice(job.tensors, solve(found, aim, policy=job.goal.policy))
+        with job.stage("encoding"):
+            changed = {name: t for name, t in job.tensors.items() if choices.get(name) != wanted[name]}
+            # Of a second round nothing shows but that it can be stopped: progress does not go back.
+            fresh = encode_all(changed, wanted, job.roles.layers, progress=told if not made else lambda _: told(total))
+            made = {name: fresh.get(name) or made[name] for name in job.tensors}
+            choices = wanted
+        size = job.prefix_bytes(made, moves, None) + reserve + sum(t.nbytes for t in made.values())
+        if best_size < size <= budget:
+            best, best_size = made, size
+        if best is not None and (budget - best_size <= _WITHIN * budget or not fresh):
+            return best
+        # A little less than what is left (or more than what is missing), so that the next size lands below.
+        aim += (budget - size) - 0.001 * budget
+    if best is None:
+        raise TargetUnreachable(f"the artifact takes {size} bytes, and {budget} were asked for")
+    return best
+
+
+def _within_error(job: _Job, found: Curves, told: Callable[[int], None]) -> dict[str, EncodedTensor]:
+    """Encode to the error asked for; what a sample made look small enough and is not gets a finer coding."""
+    total = sum(t.nbytes for t in job.tensors.values())
+    limit = job.goal.max_error
+    assert limit is not None
+    with job.stage("planning"):
+        choices = every_choice(job.tensors, smallest_within(found))
+    made: dict[str, EncodedTensor] = {}
+    wrong = dict(job.tensors)
+    with job.stage("encoding"):
+        for attempt in range(_ROUNDS):
+            made |= encode_all(wrong, choices, job.roles.layers, progress=told if not made else lambda _: told(total))
+            wrong = {name: t for name, t in job.tensors.items() if _relative_error(made[name]) > limit}
+            if not wrong:
+                break
+            for name in wrong:
+                choice = choices[name]
+                finer = choice.step is not None and attempt < _ROUNDS - 2
+                step = None if choice.step is None else choice.step * 0.98 * limit / _relative_error(made[name])
+                choices[name] = Choice("lattice", step=step) if finer else Choice("raw")
+    return {name: made[name] for name in job.tensors}
+
+
+def _relative_error(tensor: EncodedTensor) -> float:
+    if tensor.signal is None or tensor.error is None or tensor.error == 0:
+        return 0.0
+    return math.sqrt(tensor.error / tensor.signal) if tensor.signal else math.inf
+
+
+def _compare(job: _Job, found: Mapping[str, EncodedTensor]) -> dict[str, Any]:
+    """The fidelity report, made with the model as the artifact will give it."""
+    with job.stage("comparing"), torch.inference_mode():
+        original = dense_model(job.tensors, job.detected, device=job.device)
+
+        def compressed() -> SamModel:
+            detected = job.detected
+            return compressed_model(
+                lambda name: found[name].encoded, detected.config, detected.variant, device=job.device
+            )  # fmt: skip
+
+        size = job.prefix_bytes(found, {}, None) + sum(t.nbytes for t in found.values())
+        report = fidelity.compare(
+            original,
+            {"compressed": compressed},
+            sizes={"compressed": size},
+            progress=lambda n, of: job.tell(Progress("comparing", n, of)),
+        )
+        return report.as_dict()
+
+
+def _write(
+    job: _Job, target: Path, found: Mapping[str, EncodedTensor], moves: Mapping[str, float],
+    compared: Mapping[str, Any] | None,
+) -> tuple[str, int]:  # fmt: skip
+    """Write, verify, and only then give the file its name. Returns its SHA-256 and size."""
+    job.tell(Progress("writing", 0, 1))
     part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         with artifact_errors():
             artifact_format.write(
                 part,
-                encoded,
-                codec={"name": codec, "version": CODEC_VERSION, "options": checked},
-                model={"family": detected.family, "variant": detected.variant,
-                       "candidates": list(detected.candidates), "config": detected.config.as_dict()},
-                source={"sha256": source_sha256, "bytes": source_bytes, "container": checkpoint.container,
-                        "wrapper": checkpoint.wrapper, "prefix": checkpoint.prefix},
-                report={"sqnr_db": _sqnr(squares.values()),
-                        "tensors": {name: _sqnr([pair]) for name, pair in squares.items()}},
-            )  # fmt: skip
-            artifact_bytes = part.stat().st_size
-            tell(Progress("verifying", 0, artifact_bytes))
+                {name: t.encoded for name, t in found.items()},
+                **job.header,
+                report=stored_report(found, moves, compared),
+            )
+            size = part.stat().st_size
+            job.tell(Progress("verifying", 0, size))
             artifact_format.open_artifact(part, verify=True).close()
-            artifact_sha256 = sha256_of(part)
-            tell(Progress("verifying", artifact_bytes, artifact_bytes))
+            digest = sha256_of(part)
+            job.tell(Progress("verifying", size, size))
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
-    return CompressReport(
-        codec=codec,
-        codec_version=CODEC_VERSION,
-        options=checked,
-        family=detected.family,
-        variant=detected.variant,
-        candidates=detected.candidates,
-        parameters=checkpoint.parameters,
-        ratio=source_bytes / artifact_bytes,
-        sqnr_db=_sqnr(squares.values()),
-        seconds=time.perf_counter() - began,
-        source_bytes=source_bytes,
-        artifact_bytes=artifact_bytes,
-        source_sha256=source_sha256,
-        artifact_sha256=artifact_sha256,
-        **_sizes(encoded, artifact_bytes),
-        tensors=tuple(_tensor_report(name, e, squares.get(name)) for name, e in encoded.items()),
-    )
-
-
-def describe_artifact(path: Path) -> dict[str, Any]:
-    """What an artifact tells of itself, its checksums verified; ready for JSON. Raises ArtifactError."""
-    with artifact_errors(), artifact_format.open_artifact(path, verify=True) as artifact:
-        encoded = {name: artifact.encoded(name) for name in artifact.names()}
-        size = path.stat().st_size
-        ratios = artifact.report.get("tensors", {})
-        tensors = [asdict(_tensor_report(name, e, None)) | {"sqnr_db": ratios.get(name)}
-                   for name, e in encoded.items()]  # fmt: skip
-        return {
-            "kind": "artifact", "format_version": artifact_format.FORMAT_VERSION,
-            "family": artifact.model.get("family"), "variant": artifact.model.get("variant"),
-            "candidates": artifact.model.get("candidates"),
-            "codec": artifact.codec.get("name"), "codec_version": artifact.codec.get("version"),
-            "options": artifact.codec.get("options"),
-            "parameters": sum(math.prod(t["shape"]) for t in tensors), "bytes": size,
-            "ratio": artifact.source.get("bytes", 0) / size, **_sizes(encoded, size),
-            "sqnr_db": artifact.report.get("sqnr_db"), "sha256": sha256_of(path),
-            "source": artifact.source, "config": artifact.model.get("config"), "tensors": tensors,
-        }  # fmt: skip
-
-
-def _roles(detected: Detected) -> tuple[frozenset[str], frozenset[str]]:
-    """The weights of linear layers, which are coded row by row, and the buffers, which are kept as they are."""
-    with torch.device("meta"):
-        network = SamViT(detected.config)
-    return linear_weights(network), frozenset(name for name, _ in network.named_buffers())
-
-
-def _squares(weight: Tensor, decoded: Tensor) -> tuple[float, float]:
-    """Σw² and Σ(w−ŵ)² in float64, in pieces, so that no whole copy in float64 is made."""
-    signal = error = 0.0
-    for w, d in zip(weight.flatten().split(1 << 22), decoded.flatten().split(1 << 22), strict=True):
-        w64 = w.double()
-        signal += float(w64.square().sum())
-        error += float((w64 - d.to(w.device).double()).square().sum())
-    return signal, error
-
-
-def _sqnr(squares: Iterable[tuple[float, float]]) -> float | None:
-    """10·log10 of the quotient of the sums; None where it is no finite number."""
-    pairs = list(squares)
-    signal, error = math.fsum(s for s, _ in pairs), math.fsum(e for _, e in pairs)
-    return 10 * math.log10(signal / error) if signal > 0 and error > 0 else None
-
-
-def _sizes(encoded: Mapping[str, Encoded], artifact_bytes: int) -> dict[str, Any]:
-    """Bits a weight over all encoded tensors, and their share of all values.
-
-    Everything in the file that is not the bytes of a tensor stored as it is counts as theirs: streams,
-    constants, names, checksums, and the header itself.
-    """
-    weights = sum(math.prod(e.shape) for e in encoded.values() if isinstance(e, BirkhoffTensor))
-    raw = [e.tensor for e in encoded.values() if isinstance(e, RawTensor)]
-    bits = 8 * (artifact_bytes - sum(t.nbytes for t in raw))
-    return {
-        "bits_per_weight": bits / weights if weights else None,
-        "encoded_share": weights / max(1, weights + sum(t.numel() for t in raw)),
-    }
-
-
-def _tensor_report(name: str, encoded: Encoded, squares: tuple[float, float] | None) -> TensorReport:
-    sqnr = _sqnr([squares]) if squares else None
-    if isinstance(encoded, BirkhoffTensor):
-        return TensorReport(name, encoded.shape, "birkhoff", encoded.bits / 2, encoded.mean_error, sqnr)
-    shape = tuple(encoded.tensor.shape)
-    return TensorReport(name, shape, "raw", 8.0 * encoded.tensor.element_size(), None, None)
+    return digest, size

@@ -84,6 +84,12 @@ class InvalidOption(HypersamError):
     code = "invalid_option"
 
 
+class TargetUnreachable(InvalidOption):
+    """No coding of these tensors is as small, or as exact, as was asked for."""
+
+    code = "target_unreachable"
+
+
 class ImageError(HypersamError):
     """The picture cannot be decoded or is outside the limits."""
 

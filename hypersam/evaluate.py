@@ -135,7 +135,7 @@ def evaluate(
         if progress:
             progress(asked)
     by_sort = {
-        name: {k: _score([v for v, flag in zip(found[k], flags, strict=True) if flag]) for k in KINDS}
+        name: {k: score([v for v, flag in zip(found[k], flags, strict=True) if flag]) for k in KINDS}
         for name, flags in sorts.items()
         if any(flags)
     }
@@ -145,14 +145,15 @@ def evaluate(
         objects=asked,
         first_scene=first_scene,
         size=size,
-        miou={k: _score(v) for k, v in found.items()},
+        miou={k: score(v) for k, v in found.items()},
         by_sort=by_sort,
-        against={k: _score(v) for k, v in other.items()} if against else None,
-        difference={k: _score(v) for k, v in paired.items()} if paired else None,
-        agreement={k: _score(v) for k, v in between.items()} if against else None,
+        against={k: score(v) for k, v in other.items()} if against else None,
+        difference={k: score(v) for k, v in paired.items()} if paired else None,
+        agreement={k: score(v) for k, v in between.items()} if against else None,
     )
 
 
-def _score(values: list[float]) -> Score:
+def score(values: list[float]) -> Score:
+    """Mean and half width of the 95 % interval."""
     spread = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     return Score(float(np.mean(values)), 1.96 * spread / math.sqrt(len(values)), len(values))

@@ -56,7 +56,7 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True)
 class JobSpec:
-    """One request to compress. Equal requests have equal keys, and so are one job."""
+    """One request to compress, or with ``dry_run`` to plan. Equal requests have equal keys, and so are one job."""
 
     name: str
     source_sha256: str
@@ -64,6 +64,7 @@ class JobSpec:
     codec_version: str
     options: Mapping[str, Any] = field(default_factory=dict)
     variant: str | None = None
+    dry_run: bool = False
 
     @property
     def key(self) -> str:
@@ -133,19 +134,11 @@ class JobBoard:
         it. Raises ``NameTaken`` when the name stands for, or is claimed by, another request.
         """
         with self._exclusive():
-            record = self.store.find(spec.name)
-            if record is not None and record.request != spec.key:
-                raise NameTaken(
-                    f"the name {spec.name!r} belongs to a model made from other content or with other "
-                    "options; delete that model or choose another name"
-                )
-            claim: Any = self.connection.hget(_NAMES, spec.name)
-            if claim is not None and claim.decode() != spec.key and self._active(claim.decode()):
-                raise NameTaken(f"job {claim.decode()} is making another model of the name {spec.name!r}")
+            made = spec.dry_run or self._name_is_free(spec)
             job = self._fetch(spec.key)
             if job is not None:
                 view = self._view(job)
-                if not view.state.final or (view.state is JobState.SUCCEEDED and record is not None):
+                if not view.state.final or (view.state is JobState.SUCCEEDED and made):
                     return view
                 job.delete()
             if self.queue.count >= self.settings.max_waiting_jobs:
@@ -153,7 +146,8 @@ class JobBoard:
             take_upload()
             self.store.touch_upload(spec.source_sha256)
             self.connection.delete(self._cancel_key(spec.key), self._attempts_key(spec.key))
-            self.connection.hset(_NAMES, spec.name, spec.key)
+            if not spec.dry_run:
+                self.connection.hset(_NAMES, spec.name, spec.key)
             self.connection.sadd(self._users_key(spec.source_sha256), spec.key)
             try:
                 job = self.queue.enqueue(
@@ -161,7 +155,7 @@ class JobBoard:
                     args=(asdict(spec),),
                     job_id=spec.key,
                     unique=True,
-                    description=f"compress {spec.name}",
+                    description=f"{'plan' if spec.dry_run else 'compress'} {spec.name}",
                     job_timeout=self.settings.job_timeout,
                     result_ttl=self.settings.job_retention,
                     failure_ttl=self.settings.job_retention,
@@ -173,6 +167,19 @@ class JobBoard:
             assert job.created_at is not None
             self.connection.zadd(_INDEX, {spec.key: job.created_at.timestamp()})
             return self._view(job)
+
+    def _name_is_free(self, spec: JobSpec) -> bool:
+        """Whether the very model is there already; raises ``NameTaken`` where its name stands for another."""
+        record = self.store.find(spec.name)
+        if record is not None and record.request != spec.key:
+            raise NameTaken(
+                f"the name {spec.name!r} belongs to a model made from other content or with other "
+                "options; delete that model or choose another name"
+            )
+        claim: Any = self.connection.hget(_NAMES, spec.name)
+        if claim is not None and claim.decode() != spec.key and self._active(claim.decode()):
+            raise NameTaken(f"job {claim.decode()} is making another model of the name {spec.name!r}")
+        return record is not None
 
     def get(self, job_id: str) -> JobView:
         """Return one job, or raise ``UnknownJob``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,13 +10,14 @@ from torch import Tensor, nn
 
 from hypersam.checkpoint import read_checkpoint
 from hypersam.errors import ArtifactError, InvalidOption, NotACheckpoint, Unavailable, artifact_errors
-from hypersam.sam.detect import detect
+from hypersam.sam.detect import Detected, detect
 from hypersam.sam.families.sam_vit import SamViT, SamViTConfig
 from hypersam.sam.model import SamModel
 from hypersam.sam.predictor import SamPredictor
 from kernels.artifact import Artifact, open_artifact
-from kernels.codec import BirkhoffTensor, decode
-from kernels.hyperlinear import HyperLinear
+from kernels.codec import Encoded, decode
+from kernels.errors import ArtifactCorrupt as KernelArtifactCorrupt
+from kernels.hyperlinear import RESIDENT, HyperLinear
 
 
 def load(path: Path | str, *, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32) -> SamPredictor:
@@ -39,12 +41,25 @@ def load_model(path: Path, *, device: str | torch.device = "auto", dtype: torch.
             return _from_artifact(artifact, place, dtype)
     checkpoint = read_checkpoint(path)
     detected = detect(checkpoint.tensors)
+    # A copy, so that the model does not hang on the mapped file.
+    state = {key: value.clone() for key, value in checkpoint.tensors.items()}
+    return dense_model(state, detected, device=place, dtype=dtype)
+
+
+def dense_model(
+    tensors: Mapping[str, Tensor],
+    detected: Detected,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> SamModel:
+    """The uncompressed model of a state dict. fp32 tensors on the right device are shared, not copied."""
     with torch.device("meta"):
         network = SamViT(detected.config)
-    # A copy, so that the model does not hang on the mapped file, and fp16 checkpoints compute in fp32.
-    state = {key: value.to(torch.float32, copy=True) for key, value in checkpoint.tensors.items()}
+    # Checkpoints in half precision compute in fp32 too.
+    state = {key: value.to(torch.float32) for key, value in tensors.items()}
     network.load_state_dict(state, strict=True, assign=True)
-    return _placed(network, detected.variant, place, dtype)
+    return _placed(network, detected.variant, resolve_device(device), dtype)
 
 
 def is_artifact(path: Path) -> bool:
@@ -80,34 +95,53 @@ def _from_artifact(artifact: Artifact, device: torch.device, dtype: torch.dtype)
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"the artifact's model configuration is unusable: {error}") from error
     with torch.device("meta"):
-        network = SamViT(config)
-    linears = {f"{name}.weight": name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
-    expected = {key: tuple(value.shape) for key, value in network.state_dict().items()}
+        expected = {key: tuple(value.shape) for key, value in SamViT(config).state_dict().items()}
     if odd := sorted(set(artifact.names()) ^ set(expected)):
         raise ArtifactError(f"the artifact's tensors are not those of its model: {', '.join(odd[:5])}")
     for record in artifact.records:
         if record.shape != expected[record.name]:
             raise ArtifactError(f"{record.name} has shape {record.shape}, should be {expected[record.name]}")
+    variant = str(model.get("variant", "sam_vit"))
+    return compressed_model(artifact.encoded, config, variant, device=device, dtype=dtype)
+
+
+def compressed_model(
+    encoded: Callable[[str], Encoded],
+    config: SamViTConfig,
+    variant: str,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> SamModel:
+    """A model with compressed layers. ``encoded`` gives a tensor by its name, each is asked for once.
+
+    Built on the meta device and filled: the weight of a linear layer goes from its stream straight to its resident
+    form. Raises ArtifactError, naming the tensor, for one that does not fit.
+    """
+    with torch.device("meta"):
+        network = SamViT(config)
+    linears = {f"{name}.weight": name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
     state: dict[str, Tensor] = {}
-    coded: dict[str, BirkhoffTensor] = {}
-    for key in artifact.names():
-        encoded = artifact.encoded(key)
-        if key in linears and isinstance(encoded, BirkhoffTensor):
-            if not encoded.by_row:
-                raise ArtifactError(f"{key} is the weight of a linear layer, but is not coded by row")
-            coded[key] = encoded
-        else:
-            state[key] = decode(encoded).float()
-    for key, encoded in coded.items():
+    layers: dict[str, HyperLinear] = {}
+    for key in network.state_dict():
+        given = encoded(key)
+        try:
+            if key in linears and isinstance(given, RESIDENT):
+                layers[key] = HyperLinear.from_encoded(given, None)
+            else:
+                state[key] = decode(given).float()
+        except (ValueError, KernelArtifactCorrupt) as error:
+            raise ArtifactError(f"{key}: {error}") from error
+    for key, layer in layers.items():
         name = linears[key]
+        layer.bias = state.pop(f"{name}.bias", None)
         parent, _, child = name.rpartition(".")
-        layer = HyperLinear.from_encoded(encoded, state.pop(f"{name}.bias", None))
         setattr(network.get_submodule(parent), child, layer)
     missing, unexpected = network.load_state_dict(state, strict=False, assign=True)
     left = [k for k in missing if not _inside_hyperlinear(network, k)]
     if left or unexpected:
         raise ArtifactError(f"the artifact does not fill its model: {', '.join([*left, *unexpected][:5])}")
-    return _placed(network, str(model.get("variant", "sam_vit")), device, dtype)
+    return _placed(network, variant, resolve_device(device), dtype)
 
 
 def _inside_hyperlinear(network: nn.Module, key: str) -> bool:

@@ -7,12 +7,14 @@ through ``safetensors.safe_open``, which maps the file.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
 import os
 import secrets
 import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kernels.codec import BirkhoffTensor, Encoded, RawTensor, decode
+from kernels.codec import ENCODINGS, Encoded, RawTensor, decode
 from kernels.errors import ArtifactCorrupt, ArtifactError, ArtifactVersion
 
 FORMAT = "hypersam"
@@ -72,30 +74,14 @@ def write(
     No stream is copied, but one at a time where a tensor is not contiguous or not on the CPU. Raises
     ArtifactError for a tensor or header value that the format cannot hold, OSError when the disk refuses.
     """
-    streams: dict[str, Tensor] = {}
-    records: list[dict[str, Any]] = []
-    for name in sorted(tensors):
-        if not name or name == "__metadata__":
-            raise ArtifactError(f"a tensor cannot be named {name!r}")
-        streams[name], record = _record(name, tensors[name])
-        records.append(record)
-    header = _canonical({"codec": codec, "model": model, "source": source, "report": report, "tensors": records})
-    metadata = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "header": header,
-        "header_sha256": hashlib.sha256(header.encode()).hexdigest(),
-    }
-    # Widest elements first, as safetensors has it, so that every tensor is aligned in the mapped file.
-    order = sorted(streams, key=lambda name: (-streams[name].element_size(), name))
-    prefix = _prefix(streams, order, metadata)
+    streams, prefix = _laid_out(tensors, {"codec": codec, "model": model, "source": source, "report": report})
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.part")
     try:
         with temporary.open("xb") as file:
             file.write(prefix)
-            for name in order:
-                for piece in _pieces(streams[name]):
+            for stream in streams.values():
+                for piece in _pieces(stream):
                     file.write(piece)
             file.flush()
             os.fsync(file.fileno())
@@ -107,6 +93,40 @@ def write(
     _sync_folder(path.parent)
 
 
+def prefix_bytes(
+    tensors: Mapping[str, Encoded],
+    *,
+    codec: Mapping[str, Any],
+    model: Mapping[str, Any],
+    source: Mapping[str, Any],
+    report: Mapping[str, Any],
+) -> int:
+    """Bytes that ``write`` would put before the first stream; with the streams' own that is the file's size."""
+    header = {"codec": codec, "model": model, "source": source, "report": report}
+    return len(_laid_out(tensors, header)[1])
+
+
+def _laid_out(tensors: Mapping[str, Encoded], header: Mapping[str, Any]) -> tuple[dict[str, Tensor], bytes]:
+    """The streams in the file's order, and all that stands before them."""
+    streams: dict[str, Tensor] = {}
+    records: list[dict[str, Any]] = []
+    for name in sorted(tensors):
+        if not name or name == "__metadata__":
+            raise ArtifactError(f"a tensor cannot be named {name!r}")
+        streams[name], record = _record(name, tensors[name])
+        records.append(record)
+    text = _canonical({**header, "tensors": records})
+    metadata = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "header": base64.b64encode(zlib.compress(text.encode(), 9)).decode(),
+        "header_sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    # Widest elements first, as safetensors has it, so that every tensor is aligned in the mapped file.
+    order = sorted(streams, key=lambda name: (-streams[name].element_size(), name))
+    return {name: streams[name] for name in order}, _prefix(streams, order, metadata)
+
+
 def _record(name: str, encoded: Encoded) -> tuple[Tensor, dict[str, Any]]:
     """The stream of a tensor and its record in the header."""
     if isinstance(encoded, RawTensor):
@@ -116,12 +136,8 @@ def _record(name: str, encoded: Encoded) -> tuple[Tensor, dict[str, Any]]:
         shape, dtype = tuple(stream.shape), stream.dtype
         record: dict[str, Any] = {"encoding": "raw"}
     else:
-        e = encoded
-        stream, shape, dtype = e.indices, e.shape, e.dtype
-        record = {
-            "encoding": "birkhoff", "by_row": e.by_row, "centre": list(e.centre), "radius": e.radius,
-            "side": e.side, "nodes": e.nodes, "classes": e.classes, "bits": e.bits, "mean_error": e.mean_error,
-        }  # fmt: skip
+        stream, shape, dtype = encoded.stream(), encoded.shape, encoded.dtype
+        record = {**encoded.constants(), "encoding": encoded.encoding}
     record |= {"name": name, "shape": list(shape), "dtype": _DTYPE_NAMES[dtype], "sha256": _sha256(stream)}
     return stream, record
 
@@ -162,7 +178,8 @@ def _sha256(tensor: Tensor) -> str:
     digest = hashlib.sha256()
     for piece in _pieces(tensor):
         digest.update(piece)
-    return digest.hexdigest()
+    # Half of it: small tensors are many, and 128 bits find every accident.
+    return digest.hexdigest()[:32]
 
 
 def _sync_folder(folder: Path) -> None:
@@ -250,11 +267,11 @@ class Artifact:
             if stream.dtype != record.dtype or tuple(stream.shape) != record.shape:
                 raise ArtifactCorrupt(f"{name}: its stream has another shape or dtype than the header says")
             return RawTensor(stream)
+        if stream.dtype != torch.uint8 or stream.dim() != 1:
+            raise ArtifactCorrupt(f"{name}: a stream is a uint8 vector, not {stream.dtype} {tuple(stream.shape)}")
         try:
-            return BirkhoffTensor(
-                shape=record.shape, dtype=record.dtype, indices=stream, **_birkhoff_constants(record.constants)
-            )
-        except (ValueError, TypeError, KeyError) as error:
+            return ENCODINGS[record.encoding].parse(record.shape, record.dtype, record.constants, stream)
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise ArtifactCorrupt(f"{name}: {error}") from error
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -267,7 +284,7 @@ class Artifact:
             encoded = self.encoded(name)
             try:
                 state[name] = decode(encoded)
-            except ArtifactCorrupt as error:
+            except (ArtifactCorrupt, ValueError) as error:
                 raise ArtifactCorrupt(f"{name}: {error}") from error
         return state
 
@@ -302,8 +319,8 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise ArtifactVersion(
             f"{path.name} is of format version {version}; this release reads version {FORMAT_VERSION}"
         )
-    text = metadata.get("header")
-    if not isinstance(text, str) or hashlib.sha256(text.encode()).hexdigest() != metadata.get("header_sha256"):
+    text = _unpacked(metadata.get("header"), path.name)
+    if hashlib.sha256(text).hexdigest() != metadata.get("header_sha256"):
         raise ArtifactCorrupt(f"{path.name}: the checksum of the header does not match")
     try:
         header = json.loads(text)
@@ -312,6 +329,20 @@ def _read_header(path: Path) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise ArtifactCorrupt(f"{path.name}: the header is no JSON object")
     return header
+
+
+def _unpacked(packed: object, name: str) -> bytes:
+    """The header's JSON from its deflated form, never more than a header may have."""
+    try:
+        if not isinstance(packed, str):
+            raise ValueError("it is missing")
+        inflate = zlib.decompressobj()
+        text = inflate.decompress(base64.b64decode(packed, validate=True), _MAX_PREFIX)
+        if not inflate.eof or inflate.unused_data:
+            raise ValueError("it does not end where it should")
+    except (ValueError, zlib.error) as error:
+        raise ArtifactCorrupt(f"{name}: the header cannot be unpacked: {error}") from error
+    return text
 
 
 def _read_prefix(file: BinaryIO, size: int, name: str) -> dict[str, Any]:
@@ -337,7 +368,7 @@ def _read_prefix(file: BinaryIO, size: int, name: str) -> dict[str, Any]:
 
 def _parse_record(record: Mapping[str, Any]) -> TensorRecord:
     encoding = record["encoding"]
-    if encoding not in ("raw", "birkhoff"):
+    if encoding != "raw" and encoding not in ENCODINGS:
         raise ArtifactVersion(f"{record['name']}: this release does not read the encoding {encoding!r}")
     shape = tuple(record["shape"])
     if not all(isinstance(size, int) and size >= 0 for size in shape):
@@ -347,14 +378,3 @@ def _parse_record(record: Mapping[str, Any]) -> TensorRecord:
     return TensorRecord(
         str(record["name"]), shape, _DTYPES[record["dtype"]], encoding, str(record["sha256"]), constants
     )
-
-
-def _birkhoff_constants(constants: Mapping[str, Any]) -> dict[str, Any]:
-    """The constants with their types made sure of. Raises KeyError, TypeError or ValueError."""
-    x, y = constants["centre"]
-    by_row = constants["by_row"]
-    whole = {key: constants[key] for key in ("nodes", "classes", "bits")}
-    if not isinstance(by_row, bool) or not all(isinstance(value, int) for value in whole.values()):
-        raise ValueError("by_row must be a bool, and nodes, classes and bits whole numbers")
-    real = {key: float(constants[key]) for key in ("radius", "side", "mean_error")}
-    return {"by_row": by_row, "centre": (float(x), float(y)), **whole, **real}

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from hypersam.codecs import DEFAULT_CODEC
 from hypersam.jobs import JobState, JobView
 from hypersam.settings import Name
 from hypersam.store import ModelRecord
@@ -40,14 +41,19 @@ class CompressFields(Strict):
 
     name: Name | None = Field(None, description="the model's id; default: the file's name without its ending")
     variant: str | None = Field(None, description="refuse the checkpoint unless it is of this variant")
-    codec: str = "birkhoff"
+    codec: str = Field(DEFAULT_CODEC, description="lattice, orbit or birkhoff")
+    preset: str | None = Field(None, description="4x, 5x, 6.5x or 8x; default 5x for lattice and 8x for orbit")
+    target_ratio: float | None = Field(None, description="of the tensors' fp32 size to the whole artifact")
+    target_mb: float | None = Field(None, description="size of the whole artifact, in millions of bytes")
+    max_error: float | None = Field(None, description="relative error of every tensor, at most")
+    policy: str | None = Field(
+        None, description="sensitivity (bits where the masks feel them), equal_error or equal_bits"
+    )
+    fidelity: bool | None = Field(None, description="whether the result is compared with the original; default yes")
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="birkhoff: side, nodes, max_classes, target_error, raw_above, min_elements",
     )
-    preset: str | None = Field(None, description="codecs with presets only")
-    target_ratio: float | None = Field(None, description="codecs that can aim at a ratio only")
-    max_error: float | None = Field(None, description="codecs that can aim at an error only")
 
 
 class CompressRequest(CompressFields):

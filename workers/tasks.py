@@ -20,7 +20,10 @@ from hypersam.store import NO_ROOM, ArtifactStore, ModelRecord
 log = logging.getLogger(__name__)
 
 REPORT_EVERY = 0.25  # seconds between two writes of a job's progress
-_STAGES = {"reading": (0.0, 0.05), "encoding": (0.05, 0.9), "writing": (0.9, 0.95), "verifying": (0.95, 1.0)}
+_STAGES = {
+    "reading": (0.0, 0.05), "measuring": (0.05, 0.3), "planning": (0.3, 0.4), "encoding": (0.4, 0.75),
+    "comparing": (0.75, 0.93), "writing": (0.93, 0.96), "verifying": (0.96, 1.0),
+}  # fmt: skip
 
 
 class ProgressLike(Protocol):
@@ -86,7 +89,7 @@ class JobReporter:
 
 
 def compress_checkpoint(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Compress an upload and register the model: the function that RQ calls, in a process of its own.
+    """Compress an upload and register the model, or plan it: the function that RQ calls, in a process of its own.
 
     ``request`` is a JobSpec as a dict. Returns what ``GET /jobs/{id}`` gives as ``result``.
     """
@@ -105,6 +108,8 @@ def run(spec: JobSpec, job: Job, settings: Settings, connection: Redis) -> dict[
     try:
         if board.cancel_requested(job.id):
             raise JobCancelled("the job was cancelled")
+        if spec.dry_run:
+            return _plan(spec, settings, store, reporter)
         record = store.find(spec.name)
         if record is None or record.request != spec.key:
             record = _compress(spec, job.id, settings, store, reporter)
@@ -142,6 +147,16 @@ def _compress(
         spec.name, target, digest=report.artifact_sha256, request=spec.key, source_sha256=spec.source_sha256,
         report=report.as_dict(),
     )  # fmt: skip
+
+
+def _plan(spec: JobSpec, settings: Settings, store: ArtifactStore, reporter: JobReporter) -> dict[str, Any]:
+    from hypersam.compression import plan
+
+    source = store.upload(spec.source_sha256)
+    return plan(
+        source, codec=spec.codec, variant=spec.variant, options=spec.options, device=settings.device,
+        progress=reporter,
+    ).as_dict()  # fmt: skip
 
 
 def _result(record: ModelRecord) -> dict[str, Any]:

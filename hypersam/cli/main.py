@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from hypersam import __version__
+from hypersam.codecs import DEFAULT_CODEC
 from hypersam.errors import HypersamError
 
 app = typer.Typer(
@@ -24,6 +25,16 @@ app = typer.Typer(
 _errors = Console(stderr=True, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
+Codec = Annotated[str, typer.Option(help="lattice, orbit or birkhoff (the published one).")]
+Preset = Annotated[str | None, typer.Option(help="4x, 5x, 6.5x or 8x; 5x if nothing is asked for, 8x for orbit.")]
+TargetRatio = Annotated[float | None, typer.Option(help="The tensors' fp32 size over the artifact's.")]
+TargetMb = Annotated[float | None, typer.Option(help="Size of the artifact, in millions of bytes.")]
+MaxError = Annotated[float | None, typer.Option(help="Relative error of every tensor, at most.")]
+Policy = Annotated[str | None, typer.Option(help="Where bits go: sensitivity (default), equal_error or equal_bits.")]
+VariantName = Annotated[str | None, typer.Option(help="Say which model it is; detected otherwise.")]
+CodecOption = Annotated[
+    list[str] | None, typer.Option("--option", help="Codec option as name=value, the value as JSON.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -49,18 +60,45 @@ def _root(
 def compress_command(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Checkpoint: .pth, .pt or .safetensors.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Artifact to write, .hsam by custom.")],
-    codec: Annotated[str, typer.Option(help="Codec.")] = "birkhoff",
-    variant: Annotated[str | None, typer.Option(help="Say which model it is; detected otherwise.")] = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", help="Codec option as name=value, the value as JSON.")
-    ] = None,
+    codec: Codec = DEFAULT_CODEC,
+    preset: Preset = None,
+    target_ratio: TargetRatio = None,
+    target_mb: TargetMb = None,
+    max_error: MaxError = None,
+    policy: Policy = None,
+    fidelity: Annotated[bool, typer.Option(help="Compare the result with the original.")] = True,
+    variant: VariantName = None,
+    option: CodecOption = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
     """Compress a checkpoint into an artifact."""
     from hypersam.cli.offline import run_compress
 
-    run_compress(source, target, codec, variant, option or [], device, as_json)
+    wanted = {"preset": preset, "target_ratio": target_ratio, "target_mb": target_mb, "max_error": max_error,
+              "policy": policy, "fidelity": None if fidelity else False}  # fmt: skip
+    run_compress(source, target, codec, variant, wanted, option or [], device, as_json)
+
+
+@app.command("plan")
+def plan_command(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="Checkpoint: .pth, .pt or .safetensors.")],
+    codec: Codec = DEFAULT_CODEC,
+    preset: Preset = None,
+    target_ratio: TargetRatio = None,
+    target_mb: TargetMb = None,
+    max_error: MaxError = None,
+    policy: Policy = None,
+    variant: VariantName = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Tell what compress would give, by tensor, without writing anything."""
+    from hypersam.cli.offline import run_plan
+
+    wanted = {"preset": preset, "target_ratio": target_ratio, "target_mb": target_mb, "max_error": max_error,
+              "policy": policy}  # fmt: skip
+    run_plan(source, codec, variant, wanted, device, as_json)
 
 
 @app.command("decompress")
@@ -79,12 +117,14 @@ def decompress_command(
 def inspect_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Checkpoint or artifact.")],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
+    report: Annotated[bool, typer.Option("--report", help="Show how faithful a compressed model is.")] = False,
+    plot: Annotated[Path | None, typer.Option(help="Draw the report into this .svg or .png file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Tell what a checkpoint or artifact holds."""
     from hypersam.cli.offline import run_inspect
 
-    run_inspect(file, tensors, as_json)
+    run_inspect(file, tensors, report, plot, as_json)
 
 
 @app.command("segment")
@@ -132,9 +172,6 @@ def serve_command(
     log_level: Annotated[str | None, typer.Option(help="critical, error, warning, info or debug.")] = None,
 ) -> None:
     """Serve everything from one command: Redis, the API and the workers. Ctrl-C stops all of them."""
-    # Before torch is loaded, here and in the workers, which inherit it: OpenMP's threads otherwise spin while they
-    # wait, and an encoder beside a running compression becomes several times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from pydantic import ValidationError
 
     from hypersam.cli.serve import serve
@@ -152,6 +189,9 @@ def serve_command(
 
 def main() -> None:
     """Entry of the console script. A user's mistake ends in one line on standard error and exit code 1."""
+    # Before torch is loaded, here and in the workers, which inherit it: OpenMP's threads otherwise spin while they
+    # wait, and whatever shares the cores with something else becomes several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
     except HypersamError as error:

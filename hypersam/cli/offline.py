@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from hypersam import compression
@@ -21,16 +21,18 @@ from hypersam.engine import Prompt, check_prompts, predict
 from hypersam.errors import InvalidOption, NotACheckpoint, PromptError, artifact_errors
 from hypersam.images import decode_image
 from hypersam.loading import is_artifact, load_model
+from hypersam.reports import describe_artifact
 from hypersam.sam.detect import detect
 
 _screen = Console(stderr=True)
 
 
 def run_compress(
-    source: Path, target: Path, codec: str, variant: str | None, pairs: list[str], device: str, as_json: bool
-) -> None:
+    source: Path, target: Path, codec: str, variant: str | None, wanted: Mapping[str, Any], pairs: list[str],
+    device: str, as_json: bool,
+) -> None:  # fmt: skip
     """Compress with a progress bar, then say what came of it."""
-    options = dict(_option(pair) for pair in pairs)
+    options = {**wanted, **dict(_option(pair) for pair in pairs)}
     with _bar(as_json) as tell:
         report = compression.compress(
             source, target, codec=codec, variant=variant, options=options, device=device, progress=tell
@@ -41,13 +43,54 @@ def run_compress(
     table = Table(show_header=False, box=None)
     table.add_row("model", f"{report.variant}, {report.parameters / 1e6:.2f} M parameters")
     sizes = f"{report.source_bytes / 1e6:.2f} MB → {report.artifact_bytes / 1e6:.2f} MB"
-    table.add_row("size", f"{sizes}, {report.ratio:.2f} times smaller")
+    table.add_row("size", f"{sizes}, {report.ratio:.2f} times smaller ({report.fp32_ratio:.3f} than as fp32)")
+    table.add_row("in memory", f"{report.resident_bytes / 1e6:.2f} MB")
     if report.bits_per_weight is not None and report.sqnr_db is not None:
         table.add_row("encoded", f"{report.bits_per_weight:.3f} bits a weight, SQNR {report.sqnr_db:.2f} dB")
     table.add_row("stored as is", f"{100 * (1 - report.encoded_share):.2f} % of the values")
-    table.add_row("time", f"{report.seconds:.2f} s")
+    if report.fidelity is not None:
+        table.add_row("fidelity", _fidelity(report.fidelity))
+    table.add_row("time", _times(report.seconds, report.stage_seconds))
     table.add_row("sha256", report.artifact_sha256)
     Console().print(table)
+
+
+def run_plan(
+    source: Path, codec: str, variant: str | None, wanted: Mapping[str, Any], device: str, as_json: bool
+) -> None:
+    """Plan with a progress bar, then list the tensors."""
+    with _bar(as_json) as tell:
+        report = compression.plan(source, codec=codec, variant=variant, options=wanted, device=device, progress=tell)
+    if as_json:
+        print_json(report.as_dict())
+        return
+    listing = Table("tensor", "shape", "coding", "bits", "SQNR dB", "relative error", "sensitivity")
+    for t in report.tensors:
+        figures = [f"{t.bits_per_weight:.2f}", *(("" if v is None else f"{v:.4g}")
+                   for v in (t.sqnr_db, t.relative_error, t.sensitivity))]  # fmt: skip
+        listing.add_row(t.name, "×".join(map(str, t.shape)), t.encoding, *figures)
+    Console().print(listing)
+    table = Table(show_header=False, box=None)
+    table.add_row("model", f"{report.variant}, {report.parameters / 1e6:.2f} M parameters")
+    sizes = f"{report.source_bytes / 1e6:.2f} MB → about {report.artifact_bytes / 1e6:.2f} MB"
+    table.add_row("size", f"{sizes}, {report.ratio:.2f} times smaller ({report.fp32_ratio:.3f} than as fp32)")
+    if report.sqnr_db is not None:
+        table.add_row("SQNR", f"{report.sqnr_db:.2f} dB")
+    table.add_row("time", _times(report.seconds, report.stage_seconds))
+    Console().print(table)
+
+
+def _times(seconds: float, stages: Mapping[str, float]) -> str:
+    parts = ", ".join(f"{name} {each:.1f}" for name, each in stages.items())
+    return f"{seconds:.2f} s ({parts})"
+
+
+def _fidelity(report: Mapping[str, Any]) -> str:
+    made = report["models"]["compressed"]
+    return (
+        f"masks' IoU with the original's {100 * made['mask_iou']:.2f} ± {100 * made['margin']:.2f} %, "
+        f"embedding's cosine {made['embedding_cosine']:.5f} ({report['prompts']} prompts at {report['side']} pixels)"
+    )
 
 
 def run_decompress(artifact: Path, target: Path, as_json: bool) -> None:
@@ -70,15 +113,24 @@ def run_decompress(artifact: Path, target: Path, as_json: bool) -> None:
         Console().print(f"{len(state)} tensors, {target.stat().st_size / 1e6:.2f} MB: {target}")
 
 
-def run_inspect(file: Path, tensors: bool, as_json: bool) -> None:
-    """Print what a file holds."""
+def run_inspect(file: Path, tensors: bool, report: bool, plot: Path | None, as_json: bool) -> None:
+    """Print what a file holds; with ``report`` or ``plot`` how faithful a compressed model is."""
     found = describe(_existing(file))
+    if (report or plot) and found["kind"] != "artifact":
+        raise InvalidOption(f"{file.name} is a checkpoint; only a compressed model has a report")
+    if plot is not None:
+        from hypersam.report_plot import write_plot
+
+        write_plot(found, plot)
     if as_json:
         print_json(found)
         return
+    if report:
+        _print_report(found)
+        return
     table = Table(show_header=False, box=None)
     for name, value in found.items():
-        if name not in ("tensors", "config") and value is not None:
+        if name not in ("tensors", "config", "fidelity") and value is not None:
             table.add_row(name, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
     Console().print(table)
     if tensors:
@@ -88,10 +140,23 @@ def run_inspect(file: Path, tensors: bool, as_json: bool) -> None:
         Console().print(listing)
 
 
+def _print_report(found: Mapping[str, Any]) -> None:
+    from hypersam.report_plot import fidelity_table, tensor_table
+
+    screen = Console()
+    screen.print(tensor_table(found))
+    if found["fidelity"] is not None:
+        screen.print(fidelity_table(found["fidelity"]))
+    screen.print(
+        f"{found['bytes'] / 1e6:.2f} MB on disk, {found['resident_bytes'] / 1e6:.2f} MB in memory, "
+        f"{found['fp32_ratio']:.3f} times smaller than as fp32"
+    )
+
+
 def describe(file: Path) -> dict[str, Any]:
     """What ``hypersam inspect`` tells of a checkpoint or artifact, ready for JSON."""
     if is_artifact(file):
-        return compression.describe_artifact(file)
+        return describe_artifact(file)
     checkpoint = read_checkpoint(file)
     detected = detect(checkpoint.tensors)
     size = file.stat().st_size
@@ -163,7 +228,7 @@ def run_eval(file: Path, objects: int, first_scene: int, against: Path | None, d
 
 @contextmanager
 def _bar(hidden: bool) -> Iterator[Callable[[compression.Progress], None]]:
-    with Progress(TextColumn("{task.description:>10}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
+    with Progress(TextColumn("{task.description:>10}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
                   console=_screen, disable=hidden, transient=True) as bar:  # fmt: skip
         task = bar.add_task("reading", total=None)
         yield lambda p: bar.update(task, description=p.stage, completed=p.done, total=p.total)

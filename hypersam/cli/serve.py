@@ -18,10 +18,11 @@ from types import FrameType
 import uvicorn
 from redis import RedisError
 
-from hypersam.compression import CODEC_VERSION, check_options
+from hypersam.codecs import CODEC_VERSION, DEFAULT_CODEC
 from hypersam.embedded_redis import EmbeddedRedis
 from hypersam.errors import HypersamError, NameTaken
 from hypersam.jobs import JobBoard, JobSpec, connect
+from hypersam.options import check_options
 from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
 
@@ -104,9 +105,9 @@ def register_carried(settings: Settings) -> None:
         spec = JobSpec(
             name=settings.default_model,
             source_sha256=upload.finish(),
-            codec="birkhoff",
+            codec=DEFAULT_CODEC,
             codec_version=CODEC_VERSION,
-            options=check_options("birkhoff", {}),
+            options=check_options(DEFAULT_CODEC),
         )
         with contextlib.closing(connect(settings)) as connection:
             JobBoard(connection, store, settings).submit(spec, upload.commit)

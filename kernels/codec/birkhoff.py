@@ -15,7 +15,7 @@ from torch import Tensor
 from kernels.codec import geometry
 from kernels.codec.nearest import NodeFinder, chunks
 from kernels.codec.packing import pack, unpack
-from kernels.codec.types import CODED_DTYPES, BirkhoffConfig, BirkhoffTensor, Encoded, RawTensor
+from kernels.codec.types import CODED_DTYPES, BirkhoffConfig, BirkhoffTensor, RawTensor
 from kernels.errors import ArtifactCorrupt
 
 
@@ -145,7 +145,9 @@ class _Found:
     table: Tensor
 
 
-def encode(weight: Tensor, config: BirkhoffConfig, *, by_row: bool, keep_raw: bool = False) -> Encoded:
+def encode(
+    weight: Tensor, config: BirkhoffConfig, *, by_row: bool, keep_raw: bool = False
+) -> BirkhoffTensor | RawTensor:
     """Encode a tensor of any shape, on its own device.
 
     ``by_row``: ``weight`` is a matrix whose points are neighbours along its rows, as a linear layer needs;
@@ -203,7 +205,9 @@ def unpack_indices(encoded: BirkhoffTensor, device: torch.device | str | None = 
     return index.to(torch.int16).view(encoded.rows, encoded.points_per_row)
 
 
-def decode(encoded: Encoded, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
+def decode(
+    encoded: BirkhoffTensor | RawTensor, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
     """The dense tensor, in the source's shape, dtype (unless ``dtype`` is given) and on ``device``.
 
     The pairs are fp32 and are then cast. A raw tensor comes back as a copy. Raises ArtifactCorrupt for an

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.codec import geometry
 from kernels.codec.packing import pack, unpack
-from kernels.codec.types import CODED_DTYPES, BirkhoffConfig, BirkhoffTensor, Encoded, RawTensor
+from kernels.codec.types import CODED_DTYPES, BirkhoffConfig, BirkhoffTensor, RawTensor
 
 _POINTS_AT_ONCE = 1 << 10
 
@@ -35,7 +35,7 @@ def nearest(plane: Tensor, table: Tensor) -> Tensor:
     return found
 
 
-def encode(weight: Tensor, config: BirkhoffConfig, *, by_row: bool, keep_raw: bool = False) -> Encoded:
+def encode(weight: Tensor, config: BirkhoffConfig, *, by_row: bool, keep_raw: bool = False) -> BirkhoffTensor | RawTensor:
     """Encode a tensor; see ``kernels.codec.birkhoff.encode``, which gives the same."""
     if keep_raw or weight.dtype not in CODED_DTYPES or weight.numel() < config.min_elements:
         return RawTensor(weight.detach())
@@ -81,7 +81,9 @@ def encode(weight: Tensor, config: BirkhoffConfig, *, by_row: bool, keep_raw: bo
     )  # fmt: skip
 
 
-def decode(encoded: Encoded, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None) -> Tensor:
+def decode(
+    encoded: BirkhoffTensor | RawTensor, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> Tensor:
     """Decode a tensor; see ``kernels.codec.birkhoff.decode``, which gives the same."""
     if isinstance(encoded, RawTensor):
         return encoded.tensor.to(device=device, dtype=dtype, copy=True)

@@ -1,9 +1,11 @@
-"""What goes into the ``birkhoff`` codec and what comes out of it."""
+"""What goes into the codecs and what comes out of them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -19,6 +21,39 @@ CODED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def _is_square(nodes: int) -> bool:
     return nodes >= 1 and math.isqrt(nodes) ** 2 == nodes
+
+
+@runtime_checkable
+class Coded(Protocol):
+    """A coded tensor, as every codec gives it and as the artifact stores it: constants and one stream of bytes.
+
+    ``encoding``: its name in the artifact. ``shape``, ``dtype``: the source's.
+    """
+
+    encoding: ClassVar[str]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The source's."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The source's."""
+
+    def constants(self) -> dict[str, Any]:
+        """Everything but shape, dtype and the stream, as JSON."""
+
+    def stream(self) -> Tensor:
+        """All its bytes: a uint8 vector on the CPU."""
+
+    @classmethod
+    def parse(cls, shape: tuple[int, ...], dtype: torch.dtype, constants: Mapping[str, Any], stream: Tensor) -> Self:
+        """Undo ``constants`` and ``stream``. Raises ValueError, TypeError or KeyError for what cannot be."""
+
+
+def stored_bits(coded: Coded) -> int:
+    """Bits that a coded tensor's stream takes."""
+    return 8 * coded.stream().numel()
 
 
 @dataclass(frozen=True)
@@ -90,6 +125,8 @@ class BirkhoffTensor:
     indices: Tensor
     mean_error: float
 
+    encoding: ClassVar[str] = "birkhoff"
+
     def __post_init__(self) -> None:
         if any(size < 1 for size in self.shape):
             raise ValueError(f"a coded tensor has no empty dimension, but shape is {self.shape}")
@@ -141,6 +178,71 @@ class BirkhoffTensor:
         """Number of points, and of indices, in all."""
         return self.rows * self.points_per_row
 
+    def constants(self) -> dict[str, Any]:
+        """The constants as JSON."""
+        return {
+            "by_row": self.by_row, "centre": list(self.centre), "radius": self.radius, "side": self.side,
+            "nodes": self.nodes, "classes": self.classes, "bits": self.bits, "mean_error": self.mean_error,
+        }  # fmt: skip
+
+    def stream(self) -> Tensor:
+        """The packed indices."""
+        return self.indices
+
+    @classmethod
+    def parse(cls, shape: tuple[int, ...], dtype: torch.dtype, constants: Mapping[str, Any], stream: Tensor) -> Self:
+        """Undo ``constants`` and ``stream``. Raises KeyError, TypeError or ValueError."""
+        x, y = constants["centre"]
+        by_row = constants["by_row"]
+        whole = {key: constants[key] for key in ("nodes", "classes", "bits")}
+        if not isinstance(by_row, bool) or not all(isinstance(value, int) for value in whole.values()):
+            raise ValueError("by_row must be a bool, and nodes, classes and bits whole numbers")
+        real = {key: float(constants[key]) for key in ("radius", "side", "mean_error")}
+        centre = (float(x), float(y))
+        return cls(shape=shape, dtype=dtype, by_row=by_row, centre=centre, indices=stream, **whole, **real)
+
+
+@dataclass(frozen=True, eq=False)
+class HalfTensor:
+    """A tensor of a wider floating type, each value rounded to fp16.
+
+    ``half``: float16, in the source's shape. ``dtype``: the source's.
+    """
+
+    half: Tensor
+    dtype: torch.dtype
+
+    encoding: ClassVar[str] = "half"
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> HalfTensor | None:
+        """Round a tensor; None where one of its values is beyond fp16 (over 65504, NaN, infinity)."""
+        half = tensor.detach().to("cpu", torch.float16)
+        return cls(half, tensor.dtype) if bool(half.isfinite().all()) else None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The source's."""
+        return tuple(self.half.shape)
+
+    def constants(self) -> dict[str, Any]:
+        """None are needed."""
+        return {}
+
+    def stream(self) -> Tensor:
+        """The values, little-endian."""
+        return self.half.contiguous().reshape(-1).view(torch.uint8)
+
+    @classmethod
+    def parse(cls, shape: tuple[int, ...], dtype: torch.dtype, constants: Mapping[str, Any], stream: Tensor) -> Self:
+        """Undo ``stream``. Raises ValueError for a stream of another length than the shape's, or another dtype."""
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"a tensor of {dtype} is not stored as halves")
+        if stream.numel() != 2 * math.prod(shape):
+            raise ValueError(f"{math.prod(shape)} halves take {2 * math.prod(shape)} bytes, not {stream.numel()}")
+        # A copy, because a stream may begin at an odd byte.
+        return cls(stream.clone().view(torch.float16).view(shape), dtype)
+
 
 @dataclass(frozen=True, eq=False)
 class RawTensor:
@@ -148,5 +250,10 @@ class RawTensor:
 
     tensor: Tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return tuple(self.tensor.shape)
 
-Encoded = BirkhoffTensor | RawTensor
+
+Encoded = Coded | RawTensor

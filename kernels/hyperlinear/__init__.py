@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from kernels.codec import BirkhoffTensor, LatticeTensor, OrbitTensor
 from kernels.hyperlinear.module import HyperLinear
-from kernels.hyperlinear.op import birkhoff_linear
+from kernels.hyperlinear.op import birkhoff_linear, lattice_linear, orbit_linear
 
-__all__ = ["HyperLinear", "birkhoff_linear"]
+RESIDENT = (BirkhoffTensor, LatticeTensor, OrbitTensor)
+"""The coded tensors that a HyperLinear can keep as they are."""
+
+__all__ = ["RESIDENT", "HyperLinear", "birkhoff_linear", "lattice_linear", "orbit_linear"]

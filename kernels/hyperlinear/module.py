@@ -1,73 +1,68 @@
-"""HyperLinear: a linear layer whose weight exists only as indices and a small table."""
+"""HyperLinear: a linear layer whose weight exists only in compressed form."""
 
 from __future__ import annotations
 
-from typing import Self
+from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels.codec import BirkhoffTensor, pair_table, unpack_indices
+from kernels.codec import BirkhoffTensor, Coded, LatticeTensor, OrbitTensor, lattice, pair_table, unpack_indices
+from kernels.codec.hadamard import signs
+from kernels.codec.orbit_tables import table
+from kernels.hyperlinear import lattice as lattice_product
 from kernels.hyperlinear import naive
-from kernels.hyperlinear.op import birkhoff_linear
+from kernels.hyperlinear import orbit as orbit_product
+from kernels.hyperlinear.op import birkhoff_linear, lattice_linear, orbit_linear
 
 
-class HyperLinear(nn.Module):
-    """A linear layer with a compressed weight; made by ``from_encoded``. For inference.
+class HyperLinear(nn.Module, ABC):
+    """A linear layer with a compressed weight; made by ``from_encoded``, one subclass a codec. For inference.
 
-    ``indices``: int16 (out, ⌈in / 2⌉), an index a pair of weights: 8 bits a weight. ``pairs``: int64 (n,), the
-    pair of weights of each index, two fp32 numbers in the bits of one integer. As an integer, ``model.half()``
-    and its like, which cast floating buffers, leave the weights as they were decoded. ``bias``: (out,) or
-    None, in the dtype it came in. ``weight_dtype``: the source's. Buffers are not part of a state dict: the
-    artifact is what is kept.
+    ``bias``: (out,) or None, in the dtype it came in. ``weight_dtype``: the source's. Buffers are not part of a
+    state dict: the artifact is what is kept. Weights are kept in integer buffers, the bits of an fp32 number
+    where need be, so that ``model.half()`` and its like, which cast floating ones, leave them as they were.
     """
 
-    indices: Tensor
-    pairs: Tensor
     bias: Tensor | None
 
     def __init__(
-        self, in_features: int, out_features: int, indices: Tensor, pairs: Tensor, bias: Tensor | None,
-        weight_dtype: torch.dtype = torch.float32,
-    ) -> None:  # fmt: skip
+        self, in_features: int, out_features: int, bias: Tensor | None, weight_dtype: torch.dtype = torch.float32
+    ) -> None:
         super().__init__()
-        if indices.dtype != torch.int16 or tuple(indices.shape) != (out_features, (in_features + 1) // 2):
-            raise ValueError(f"indices must be int16 ({out_features}, {(in_features + 1) // 2})")
-        if pairs.dtype != torch.int64 or pairs.dim() != 1:
-            raise ValueError("pairs must be an int64 vector")
         if bias is not None and tuple(bias.shape) != (out_features,):
             raise ValueError(f"bias must have shape ({out_features},), not {tuple(bias.shape)}")
         self.in_features = in_features
         self.out_features = out_features
         self.weight_dtype = weight_dtype
-        self.register_buffer("indices", indices, persistent=False)
-        self.register_buffer("pairs", pairs, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
-    @classmethod
-    def from_encoded(
-        cls, encoded: BirkhoffTensor, bias: Tensor | None, *, device: torch.device | str | None = None
-    ) -> Self:
-        """The layer of a weight (out, in) encoded by row, on ``device`` (default: the CPU).
+    @staticmethod
+    def from_encoded(encoded: Coded, bias: Tensor | None, *, device: torch.device | str | None = None) -> HyperLinear:
+        """A layer that keeps a coded (out, in) weight as it is.
 
-        Raises ValueError for a tensor that was not encoded by row, ArtifactCorrupt for an index that names no pair.
+        ``device``: where it is made; default the stream's. Raises ValueError for a tensor that is no coded
+        matrix, ArtifactCorrupt or ValueError for a stream that does not decode.
         """
-        if not encoded.by_row:
-            raise ValueError("a linear layer needs a weight that was encoded by row")
-        out_features, in_features = encoded.shape
-        indices = unpack_indices(encoded, device)
-        pairs = pair_table(encoded).view(torch.int64).view(-1).to(indices.device)
-        bias = None if bias is None else bias.to(indices.device)
-        return cls(in_features, out_features, indices, pairs, bias, encoded.dtype)
+        match encoded:
+            case BirkhoffTensor():
+                made: HyperLinear = BirkhoffLinear.of(encoded, bias)
+            case LatticeTensor():
+                made = LatticeLinear.of(encoded, bias)
+            case OrbitTensor():
+                made = OrbitLinear.of(encoded, bias)
+            case _:
+                raise ValueError(f"no linear layer multiplies with a {type(encoded).__name__}")
+        return made.to(device) if device is not None else made
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out), in ``x``'s dtype."""
-        result: Tensor = birkhoff_linear(x, self.indices, self.pairs, self.bias)
-        return result
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """The decoded weight (out, in), bit for bit as the codec decodes it. Nothing keeps it."""
-        return naive.dense(self.indices, self.pairs, self.in_features).contiguous().to(self.weight_dtype)
 
     def resident_bytes(self) -> int:
         """Bytes that the layer holds."""
@@ -75,7 +70,133 @@ class HyperLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """The sizes, for ``repr``."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"pairs={self.pairs.numel()}, bias={self.bias is not None}"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class BirkhoffLinear(HyperLinear):
+    """``indices``: int16 (out, ⌈in / 2⌉), an index a pair of weights: 8 bits a weight. ``pairs``: int64 (n,), the
+    pair of weights of each index, two fp32 numbers in the bits of one integer.
+    """
+
+    indices: Tensor
+    pairs: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, indices: Tensor, pairs: Tensor, bias: Tensor | None,
+        weight_dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, out_features, bias, weight_dtype)
+        if indices.dtype != torch.int16 or tuple(indices.shape) != (out_features, (in_features + 1) // 2):
+            raise ValueError(f"indices must be int16 ({out_features}, {(in_features + 1) // 2})")
+        if pairs.dtype != torch.int64 or pairs.dim() != 1:
+            raise ValueError("pairs must be an int64 vector")
+        self.register_buffer("indices", indices, persistent=False)
+        self.register_buffer("pairs", pairs, persistent=False)
+
+    @classmethod
+    def of(cls, encoded: BirkhoffTensor, bias: Tensor | None) -> BirkhoffLinear:
+        """Raises ArtifactCorrupt for an index that names no pair."""
+        if not encoded.by_row:
+            raise ValueError("a linear layer needs a weight that was encoded by row")
+        out_features, in_features = encoded.shape
+        pairs = pair_table(encoded).view(torch.int64).view(-1)
+        return cls(in_features, out_features, unpack_indices(encoded), pairs, bias, encoded.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out), in ``x``'s dtype."""
+        result: Tensor = birkhoff_linear(x, self.indices, self.pairs, self.bias)
+        return result
+
+    def dense(self) -> Tensor:
+        """The decoded weight."""
+        return naive.dense(self.indices, self.pairs, self.in_features).contiguous().to(self.weight_dtype)
+
+
+class LatticeLinear(HyperLinear):
+    """``levels``: int8 (out, in). ``step``: Δ, exact in fp32. ``index``, ``values``: the weights that no level
+    gives, see ``lattice``.
+    """
+
+    levels: Tensor
+    index: Tensor
+    values: Tensor
+
+    def __init__(
+        self, levels: Tensor, step: float, index: Tensor, values: Tensor, bias: Tensor | None,
+        weight_dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        out_features, in_features = levels.shape
+        super().__init__(in_features, out_features, bias, weight_dtype)
+        self.step = step
+        self.register_buffer("levels", levels, persistent=False)
+        self.register_buffer("index", index, persistent=False)
+        self.register_buffer("values", values, persistent=False)
+
+    @classmethod
+    def of(cls, encoded: LatticeTensor, bias: Tensor | None) -> LatticeLinear:
+        """Raises ValueError for a stream that does not decode."""
+        if len(encoded.shape) != 2 or encoded.offset:
+            raise ValueError(f"a linear layer needs a matrix coded without an offset, not {encoded.shape}")
+        levels, corrections = lattice.levels(encoded)
+        index = corrections.index.to(torch.int64)
+        values = corrections.values.view(torch.int32)
+        return cls(levels.view(encoded.shape), encoded.step, index, values, bias, encoded.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out), in ``x``'s dtype."""
+        result: Tensor = lattice_linear(x, self.levels, self.step, self.index, self.values, self.bias)
+        return result
+
+    def dense(self) -> Tensor:
+        """The decoded weight."""
+        return lattice_product.dense(self.levels, self.step, self.index, self.values).to(self.weight_dtype)
+
+
+class OrbitLinear(HyperLinear):
+    """The buffers are the fields of ``orbit.Weight``."""
+
+    codes: Tensor
+    table: Tensor
+    scales: Tensor
+    signs: Tensor
+    index: Tensor
+    values: Tensor
+
+    def __init__(
+        self, weight: orbit_product.Weight, bias: Tensor | None, weight_dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(weight.columns, weight.codes.shape[0], bias, weight_dtype)
+        self.bits, self.block = weight.bits, weight.block
+        for name in ("codes", "table", "scales", "signs", "index", "values"):
+            self.register_buffer(name, getattr(weight, name), persistent=False)
+
+    @classmethod
+    def of(cls, encoded: OrbitTensor, bias: Tensor | None) -> OrbitLinear:
+        """Keeps the codes as they are."""
+        if len(encoded.shape) != 2 or encoded.columns != encoded.shape[1]:
+            raise ValueError(f"a linear layer needs a matrix coded by its own rows, not {encoded.shape}")
+        outliers = encoded.outliers
+        turned = signs(encoded.columns, encoded.seed) if encoded.block > 1 else np.ones(encoded.columns)
+        values = (outliers.values.to(torch.float64) * 2.0**outliers.exponent).to(torch.float32)
+        levels = table(encoded.k, encoded.law).levels
+        weight = orbit_product.Weight(
+            codes=encoded.codes.clone(), bits=encoded.k, table=torch.from_numpy(levels.copy()),
+            scales=encoded.row_scales.view(torch.int32), block=encoded.block,
+            signs=torch.from_numpy(turned.astype(np.int8)), index=outliers.positions, values=values.view(torch.int32),
+        )  # fmt: skip
+        return cls(weight, bias, encoded.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out), in ``x``'s dtype."""
+        result: Tensor = orbit_linear(
+            x, self.codes, self.bits, self.table, self.scales, self.block, self.signs, self.index, self.values,
+            self.bias,
+        )  # fmt: skip
+        return result
+
+    def dense(self) -> Tensor:
+        """The decoded weight."""
+        weight = orbit_product.Weight(
+            self.codes, self.bits, self.table, self.scales, self.block, self.signs, self.index, self.values
         )
+        return orbit_product.dense(weight).to(self.weight_dtype)

@@ -1,6 +1,7 @@
-"""The custom operator ``hypersam::birkhoff_linear``: one name for torch.compile, a kernel a device.
+"""The custom operators ``hypersam::…_linear``, one a codec: one name for torch.compile, a kernel a device.
 
-It is for inference: no gradient is registered.
+They are for inference: no gradient is registered. Every one raises ValueError for an ``x`` of another width and
+TypeError for one that is not floating.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.hyperlinear import cpu
+from kernels.hyperlinear import cpu, lattice, orbit
 
 
 @torch.library.custom_op("hypersam::birkhoff_linear", mutates_args=())
@@ -16,16 +17,15 @@ def birkhoff_linear(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | No
     """``x`` (…, in) times a compressed weight, plus ``bias``: (…, out) in ``x``'s dtype.
 
     ``indices``: int16 (out, ⌈in / 2⌉). ``pairs``: int64 (n,), two fp32 weights each. ``bias``: (out,) or None.
-    Devices without a kernel of their own take the block-wise product. Raises ValueError for an ``x`` of
-    another width, TypeError for one that is not floating.
+    Devices without a kernel of their own take the block-wise product.
     """
-    _check(x, indices)
+    _check_birkhoff(x, indices)
     return cpu.linear(x, indices, pairs, bias)
 
 
 @birkhoff_linear.register_kernel("cuda")
 def _cuda(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, indices)
+    _check_birkhoff(x, indices)
     # Imported where a GPU is at hand: machines without one need no triton.
     from kernels.hyperlinear import triton_kernel
 
@@ -37,12 +37,51 @@ def _cuda(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None) -> Ten
 
 @birkhoff_linear.register_fake
 def _fake(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None) -> Tensor:
-    _check(x, indices)
+    _check_birkhoff(x, indices)
     return x.new_empty((*x.shape[:-1], indices.shape[0]))
 
 
-def _check(x: Tensor, indices: Tensor) -> None:
+@torch.library.custom_op("hypersam::lattice_linear", mutates_args=())
+def lattice_linear(
+    x: Tensor, levels: Tensor, step: float, index: Tensor, values: Tensor, bias: Tensor | None
+) -> Tensor:
+    """``x`` (…, in) times a ``lattice`` weight, plus ``bias``: (…, out) in ``x``'s dtype. See ``lattice``."""
+    _check(x, levels.shape[1])
+    return lattice.linear(x, levels, step, index, values, bias)
+
+
+@lattice_linear.register_fake
+def _lattice_fake(x: Tensor, levels: Tensor, step: float, index: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+    _check(x, levels.shape[1])
+    return x.new_empty((*x.shape[:-1], levels.shape[0]))
+
+
+@torch.library.custom_op("hypersam::orbit_linear", mutates_args=())
+def orbit_linear(
+    x: Tensor, codes: Tensor, bits: int, table: Tensor, scales: Tensor, block: int, signs: Tensor,
+    index: Tensor, values: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``x`` (…, in) times an ``orbit`` weight, plus ``bias``: (…, out) in ``x``'s dtype. See ``orbit``."""
+    _check(x, signs.shape[0])
+    return orbit.linear(x, orbit.Weight(codes, bits, table, scales, block, signs, index, values), bias)
+
+
+@orbit_linear.register_fake
+def _orbit_fake(
+    x: Tensor, codes: Tensor, bits: int, table: Tensor, scales: Tensor, block: int, signs: Tensor,
+    index: Tensor, values: Tensor, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    _check(x, signs.shape[0])
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _check_birkhoff(x: Tensor, indices: Tensor) -> None:
+    """``indices`` alone do not tell whether the last column is padding."""
+    _check(x, x.shape[-1] if x.dim() and (x.shape[-1] + 1) // 2 == indices.shape[1] else 2 * indices.shape[1])
+
+
+def _check(x: Tensor, in_features: int) -> None:
     if not x.dtype.is_floating_point:
         raise TypeError(f"x must be floating, not {x.dtype}")
-    if x.dim() < 1 or (x.shape[-1] + 1) // 2 != indices.shape[1]:
-        raise ValueError(f"x of shape {tuple(x.shape)} does not fit indices of shape {tuple(indices.shape)}")
+    if x.dim() < 1 or x.shape[-1] != in_features:
+        raise ValueError(f"x of shape {tuple(x.shape)} does not fit a weight of {in_features} columns")

@@ -1,4 +1,4 @@
-"""POST /compress: a checkpoint in, a job out."""
+"""POST /compress and POST /plan: a checkpoint in, a job out."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from fastapi import APIRouter, Request, Response
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 
-from hypersam.compression import CODEC_VERSION, check_options
+from hypersam.codecs import CODEC_VERSION
 from hypersam.errors import EmptyCheckpoint, InvalidOption, SourceNotAllowed, UploadTooLarge
 from hypersam.jobs import JobSpec, JobView
+from hypersam.options import check_options
 from hypersam.sam.registry import known_variants
 from hypersam.store import NAME
 from service.deps import State, StateDep
@@ -27,6 +28,7 @@ router = APIRouter(tags=["compress"])
 
 MAX_JSON_BYTES = 1 << 20
 _FORM_OVERHEAD = 2 << 20  # boundaries and fields around the file
+_NAMED_OPTIONS = ("preset", "target_ratio", "target_mb", "max_error", "policy", "fidelity")
 _FIELDS = frozenset(CompressFields.model_fields)
 _form_schema = CompressFields.model_json_schema()
 _BODY = {
@@ -55,18 +57,28 @@ _BODY = {
 @router.post("/compress", status_code=202, response_model=Job, openapi_extra=_BODY)
 async def compress(request: Request, response: Response, state: StateDep) -> Job:
     """Take a checkpoint and queue its compression; asking twice for the same gives the same job."""
+    return await _queue(request, response, state, dry_run=False)
+
+
+@router.post("/plan", status_code=202, response_model=Job, openapi_extra=_BODY)
+async def plan(request: Request, response: Response, state: StateDep) -> Job:
+    """Queue a dry run: the job's result tells the size and the error of every tensor, and no model is made."""
+    return await _queue(request, response, state, dry_run=True)
+
+
+async def _queue(request: Request, response: Response, state: State, *, dry_run: bool) -> Job:
     kind = media_type(request)
     if kind == "multipart/form-data":
-        view = await _from_form(request, state)
+        view = await _from_form(request, state, dry_run)
     elif kind == "application/json":
-        view = await _from_json(request, state)
+        view = await _from_json(request, state, dry_run)
     else:
         raise UnsupportedMedia("send multipart/form-data with a file, or application/json with a source")
     response.headers["Location"] = f"/jobs/{view.id}"
     return Job.of(view)
 
 
-async def _from_form(request: Request, state: State) -> JobView:
+async def _from_form(request: Request, state: State, dry_run: bool) -> JobView:
     limit = state.settings.max_upload_bytes
     if int(request.headers.get("content-length", "0")) > limit + _FORM_OVERHEAD:
         raise UploadTooLarge(f"the checkpoint has more than the {limit} bytes accepted here")
@@ -78,13 +90,13 @@ async def _from_form(request: Request, state: State) -> JobView:
         state.metrics.uploaded.inc(sink.writer.bytes)
         fields = _fields_of(form)
         default = PurePath(form.filenames["file"]).stem
-        spec = _spec(fields, sink.writer.digest, default)
+        spec = _spec(fields, sink.writer.digest, default, dry_run)
         return await _submit(state, spec, sink.writer.commit)
     finally:
         await to_thread.run_sync(sink.writer.discard)
 
 
-async def _from_json(request: Request, state: State) -> JobView:
+async def _from_json(request: Request, state: State, dry_run: bool) -> JobView:
     body = await read_body(request, MAX_JSON_BYTES)
     try:
         wanted = CompressRequest.model_validate_json(body)
@@ -99,7 +111,7 @@ async def _from_json(request: Request, state: State) -> JobView:
             "held as source.upload"
         )
     digest = source.upload
-    spec = _spec(wanted, digest, "")
+    spec = _spec(wanted, digest, "", dry_run)
     return await _submit(state, spec, lambda: state.store.upload(digest))
 
 
@@ -120,12 +132,14 @@ def _fields_of(form: Form) -> CompressFields:
         raise RequestValidationError(error.errors()) from error
 
 
-def _spec(fields: CompressFields, digest: str, default_name: str) -> JobSpec:
+def _spec(fields: CompressFields, digest: str, default_name: str, dry_run: bool) -> JobSpec:
     """Check everything that can be checked before a worker opens the file."""
-    options = check_options(fields.codec, fields.options)
-    for name in ("preset", "target_ratio", "max_error"):
-        if getattr(fields, name) is not None:
-            raise InvalidOption(f"{fields.codec} has no {name}; it takes options: {', '.join(sorted(options))}")
+    given = {name: getattr(fields, name) for name in _NAMED_OPTIONS if getattr(fields, name) is not None}
+    if twice := sorted(set(given) & set(fields.options)):
+        raise InvalidOption(f"{', '.join(twice)} is given twice, as a field and among the options")
+    options = check_options(fields.codec, {**fields.options, **given})
+    if dry_run and fields.codec == "birkhoff":
+        raise InvalidOption("birkhoff decides for each tensor while it encodes; plans are for lattice and orbit")
     if fields.variant is not None and fields.variant not in known_variants():
         raise InvalidOption(f"unknown variant {fields.variant[:64]!r}; known: {', '.join(known_variants())}")
     name = fields.name or (default_name if NAME.fullmatch(default_name) else digest[:12])
@@ -136,4 +150,5 @@ def _spec(fields: CompressFields, digest: str, default_name: str) -> JobSpec:
         codec_version=CODEC_VERSION,
         options=options,
         variant=fields.variant,
+        dry_run=dry_run,
     )

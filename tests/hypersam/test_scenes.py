@@ -66,6 +66,8 @@ def test_iou_by_hand() -> None:
 
 
 def test_the_public_names_are_these() -> None:
-    assert hypersam.__all__ == ["CompressReport", "HypersamError", "Progress", "SamPredictor", "compress", "load"]
+    assert hypersam.__all__ == [
+        "CompressReport", "HypersamError", "PlanReport", "Progress", "SamPredictor", "compress", "load", "plan",
+    ]  # fmt: skip
     for name in hypersam.__all__:
         assert getattr(hypersam, name)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import struct
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -64,14 +66,15 @@ def rewrite(path: Path, change: Any, *, keep_checksum: bool = False) -> None:
     length = struct.unpack("<Q", data[:8])[0]
     entries = json.loads(data[8 : 8 + length])
     metadata = entries["__metadata__"]
-    header = json.loads(metadata["header"])
+    header = json.loads(zlib.decompress(base64.b64decode(metadata["header"])))
     change(metadata, header)
-    metadata["header"] = json.dumps(header, sort_keys=True, separators=(",", ":"))
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    metadata["header"] = base64.b64encode(zlib.compress(text)).decode()
     if not keep_checksum:
-        metadata["header_sha256"] = hashlib.sha256(metadata["header"].encode()).hexdigest()
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+        metadata["header_sha256"] = hashlib.sha256(text).hexdigest()
+    prefix = json.dumps(entries).encode()
+    prefix += b" " * (-len(prefix) % 8)
+    path.write_bytes(struct.pack("<Q", len(prefix)) + prefix + data[8 + length :])
 
 
 def damage(path: Path, name: str) -> None:
@@ -250,8 +253,8 @@ def test_stream_missing(path: Path) -> None:
 
 
 def test_unknown_encoding(path: Path) -> None:
-    rewrite(path, lambda metadata, header: record(header, "bias").update(encoding="orbit"))
-    with pytest.raises(ArtifactVersion, match=r"bias.*orbit"):
+    rewrite(path, lambda metadata, header: record(header, "bias").update(encoding="spiral"))
+    with pytest.raises(ArtifactVersion, match=r"bias.*spiral"):
         open_artifact(path)
 
 

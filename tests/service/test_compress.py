@@ -13,7 +13,7 @@ import httpx
 import pytest
 import torch
 
-from tests.service.running import Api, assert_problem
+from tests.service.running import Api, assert_problem, picture
 
 
 def test_a_job_from_the_request_to_the_model(api: Api, checkpoint: Path) -> None:
@@ -73,6 +73,39 @@ def test_after_deletion_of_the_model_a_new_job_runs(api: Api, checkpoint: Path) 
     assert api.http.get("/models/again").status_code == 200
 
 
+def test_a_target_ratio_and_its_plan(api: Api, checkpoint: Path) -> None:
+    """A plan is a job too; the model that is then made has the size that was asked for."""
+    fields = {"codec": "lattice", "target_ratio": "6"}
+    files = {"file": ("planned.pth", checkpoint.read_bytes())}
+    response = api.http.post("/plan", files=files, data=fields)
+    assert response.status_code == 202
+    planned = api.wait_job(response.json()["id"])
+    assert planned["state"] == "succeeded", (planned, api.output())
+    plan = planned["result"]
+    assert {t["encoding"] for t in plan["tensors"]} >= {"lattice"}
+    assert "planned" not in [m["id"] for m in api.http.get("/models").json()["models"]]
+    job = api.compress(checkpoint, "planned.pth", **fields, fidelity="true").json()
+    assert job["id"] != planned["id"]
+    done = api.wait_job(job["id"])
+    assert done["state"] == "succeeded", (done, api.output())
+    result = done["result"]
+    assert 0.99 * result["fp32_bytes"] / 6 <= result["artifact_bytes"] <= result["fp32_bytes"] / 6
+    assert abs(plan["artifact_bytes"] / result["artifact_bytes"] - 1) < 0.02
+    assert set(result["stage_seconds"]) >= {"measuring", "planning", "encoding", "comparing"}
+    report = api.http.get("/models/planned").json()["report"]
+    assert report["fidelity"]["models"]["compressed"]["mask_iou"] > 0.5
+    assert {"int8", "int4"} <= set(report["fidelity"]["models"])
+    image = {"image": ("a.png", picture(), "image/png")}
+    answer = api.http.post("/segment", files=image, data={"model": "planned", "points": "[[20, 30]]", "labels": "[1]"})
+    assert answer.status_code == 200
+    assert len(answer.json()["masks"]) == 1
+
+
+def test_birkhoff_has_no_plan(api: Api, checkpoint: Path) -> None:
+    files = {"file": ("x.pth", checkpoint.read_bytes())}
+    assert_problem(api.http.post("/plan", files=files, data={"codec": "birkhoff"}), 422, "invalid_option")
+
+
 def test_json_names_an_upload(api: Api, checkpoint: Path) -> None:
     digest = api.make_model(checkpoint, "sent")["source_sha256"]
     response = api.http.post("/compress", json={"source": {"upload": digest}, "name": "by-digest"})
@@ -116,6 +149,18 @@ def test_fields_may_come_before_or_after_the_file(api: Api, checkpoint: Path) ->
         ({"options": "[1]"}, "invalid_request", "options"),
         ({"options": "[" * 100_000}, "invalid_request", "options"),
         ({"target_ratio": "8"}, "invalid_option", "target_ratio"),
+        ({"codec": "lattice", "target_ratio": "0.5"}, "invalid_option", "target_ratio"),
+        ({"codec": "lattice", "target_ratio": "nan"}, "invalid_option", "target_ratio"),
+        ({"codec": "lattice", "target_ratio": "6", "preset": "5x"}, "invalid_option", "one of"),
+        ({"codec": "orbit", "preset": "9x"}, "invalid_option", "6.5x"),
+        ({"codec": "orbit", "max_error": "2"}, "invalid_option", "max_error"),
+        ({"codec": "lattice", "policy": "fair"}, "invalid_option", "equal_error"),
+        (
+            {"codec": "lattice", "policy": "equal_bits", "options": '{"policy": "equal_bits"}'},
+            "invalid_option",
+            "twice",
+        ),
+        ({"codec": "lattice", "options": '{"side": 1}'}, "invalid_option", "side"),
         ({"preset": "small"}, "invalid_option", "preset"),
         ({"max_error": "0.1"}, "invalid_option", "max_error"),
         ({"variant": "sam_vit_x"}, "invalid_option", "sam_vit_h"),

@@ -14,10 +14,11 @@ import psutil
 import pytest
 import redis as redis_package
 
-from hypersam.compression import CODEC_VERSION, check_options
+from hypersam.codecs import CODEC_VERSION
 from hypersam.embedded_redis import EmbeddedRedis
 from hypersam.errors import NameTaken, Overloaded, UnknownJob, UnknownUpload
 from hypersam.jobs import JobBoard, JobSpec, JobState, JobView, connect
+from hypersam.options import check_options
 from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
 from tests.models import save_checkpoint

@@ -1,0 +1,121 @@
+"""The product with an ``orbit`` weight: a table look-up a weight, a scale a row, a rotation of the activations.
+
+A row's codes are a bit string; the window of 2k bits that ends with a weight's own k is the weight's place in
+the table. Rotating ``x`` instead of the weight is what lets the codes stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from kernels.codec.hadamard import butterflies, norm
+from kernels.hyperlinear.cpu import SCRATCH_BYTES, blockwise, rows_at_once
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A compressed (out, in) weight.
+
+    ``codes``: uint8 (out, ⌈in·bits / 8⌉), the most significant bit first. ``bits``: k. ``table``: int8 (4^k,).
+    ``scales``: int32 (out,), the bits of fp32 numbers. ``block``: h of the Hadamard rotation, 1 for none.
+    ``signs``: int8 (in,), ±1, those of the rotation. ``index``: int64 (n,), ascending, the flat positions of
+    the outliers; ``values``: int32 (n,), the bits of what is added there, fp32.
+    """
+
+    codes: Tensor
+    bits: int
+    table: Tensor
+    scales: Tensor
+    block: int
+    signs: Tensor
+    index: Tensor
+    values: Tensor
+
+    @property
+    def columns(self) -> int:
+        """Number of inputs."""
+        return self.signs.shape[0]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Output rows as they are before the rotation is undone and outliers are added: fp32 (rows, in)."""
+        symbols = unpack(self.codes[start:stop], self.bits, self.columns)
+        states = symbols.clone()
+        states[:, 1:] |= symbols[:, :-1] << self.bits
+        levels = self.table.to(torch.float32).index_select(0, states.view(-1)).view(states.shape)
+        return levels.mul_(self.scales[start:stop].view(torch.float32)[:, None])
+
+
+def unpack(codes: Tensor, bits: int, columns: int) -> Tensor:
+    """The symbols of ``bits`` bits in each row of bytes: int32 (rows, columns)."""
+    rows = codes.shape[0]
+    groups = -(-columns // 8)  # of eight symbols, which fill ``bits`` whole bytes
+    wide = torch.zeros((rows, groups * bits), dtype=torch.int32, device=codes.device)
+    wide[:, : codes.shape[1]] = codes
+    grouped = wide.view(rows, groups, bits)
+    out = torch.empty((rows, groups, 8), dtype=torch.int32, device=codes.device)
+    mask = (1 << bits) - 1
+    for number in range(8):
+        first, last = number * bits // 8, (number * bits + bits - 1) // 8
+        value = grouped[:, :, first]
+        if last > first:
+            value = value << 8 | grouped[:, :, last]
+        out[:, :, number] = value >> ((last + 1) * 8 - (number + 1) * bits) & mask
+    return out.view(rows, groups * 8)[:, :columns].contiguous()
+
+
+def dense(weight: Weight) -> Tensor:
+    """The weight: fp32 (out, in), the rotation undone as the codec undoes it."""
+    made = weight.rows(0, weight.codes.shape[0])
+    if weight.block > 1:
+        made = butterflies(made, weight.block) * float(norm(weight.block)) * weight.signs
+    if weight.index.numel():
+        made.view(-1).index_add_(0, weight.index, weight.values.view(torch.float32))
+    return made
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, *, scratch_bytes: int = SCRATCH_BYTES) -> Tensor:
+    """``x`` (…, in) times the transposed weight, plus ``bias``: (…, out) in ``x``'s dtype."""
+    out_features, columns = weight.codes.shape[0], weight.columns
+    on_cpu = x.device.type == "cpu"
+    # The symbols and states take twice the weight's own bytes, besides.
+    block = rows_at_once(out_features, columns * 4, scratch_bytes) if on_cpu else out_features
+    bounds: list[int] = []
+    if on_cpu:
+        starts = torch.arange(0, out_features + block, block).clamp_(max=out_features) * columns
+        bounds = torch.searchsorted(weight.index, starts).tolist()
+
+    def rows(start: int, stop: int) -> Tensor:
+        made = weight.rows(start, stop)
+        span = slice(bounds[start // block], bounds[start // block + 1]) if on_cpu else slice(None)
+        extra = weight.values[span].view(torch.float32)
+        if extra.numel():
+            made.view(-1).index_add_(0, weight.index[span] - start * columns, extra)
+        return made
+
+    turned = rotated(x, weight.block, weight.signs)
+    result = blockwise(turned, rows, out_features, block, bias)
+    return result.to(x.dtype)
+
+
+def rotated(x: Tensor, block: int, signs: Tensor) -> Tensor:
+    """``x`` (…, n) with its signs changed and each block of ``block`` turned, in fp32 or float64."""
+    if block == 1:
+        return x
+    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    blocks = (wide * signs).unflatten(-1, (-1, block))
+    turned: Tensor = blocks @ hadamard(block).to(blocks)
+    return turned.flatten(-2)
+
+
+@lru_cache(maxsize=16)
+def hadamard(size: int) -> Tensor:
+    """Sylvester's matrix in natural order over the root of its size: orthogonal and symmetric, float64."""
+    made = torch.ones((1, 1), dtype=torch.float64)
+    while made.shape[0] < size:
+        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
+    return made / math.sqrt(size)
