@@ -132,10 +132,11 @@ def compress(
         found = _encode(job, moves, reserve)
         compared = _compare(job, found) if job.goal.fidelity else None
         size = job.prefix_bytes(found, moves, compared) + sum(t.nbytes for t in found.values())
-        if budget is None or size <= budget:
+        short = 0 if budget is None else budget - size
+        if budget is None or 0 <= short <= _WITHIN * budget or (short > 0 and reserve < 0):
             break
-        # The fidelity report came out longer than expected: make room for it.
-        reserve += size - budget + 64
+        # The fidelity report came out longer or shorter than expected, which the smallest of models feel.
+        reserve -= short - int(0.003 * budget) if short > 0 else short - 64
     else:
         raise TargetUnreachable(f"the artifact takes {size} bytes, and {budget} were asked for")
     with job.stage("writing"):

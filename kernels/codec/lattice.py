@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels.codec import lattice_numba, rans
 from kernels.codec.lattice_format import LatticeTensor, Parts, check_arguments
-from kernels.codec.lattice_tables import COST_BITS, ESCAPE, LOWEST, costs_of_all, table
+from kernels.codec.lattice_tables import COST_BITS, LOWEST, costs_of_all, table
 
 #: The shape whose costs decide between two classes of a sampled row, before the tensor's own is chosen.
 _MIDDLE_BETA = 3
@@ -98,9 +98,7 @@ def levels(encoded: LatticeTensor) -> tuple[Tensor, Corrections]:
     that does not decode.
     """
     found, index, values = _decoded(encoded)
-    with np.errstate(over="ignore"):
-        nearest = np.rint((values - np.float32(encoded.offset)) / np.float32(encoded.step))
-    found.reshape(-1)[index] = np.clip(nearest, -127, 127).astype(np.int8)
+    found.reshape(-1)[index] = encoded.nearest(values)
     return torch.from_numpy(found), Corrections(torch.from_numpy(index), torch.from_numpy(values))
 
 
@@ -161,9 +159,9 @@ def cheapest(
     squared_error = lattice_numba.histogram(
         matrix, np.float32(step), np.float32(offset), largest(dtype), LOWEST, costs[_MIDDLE_BETA], counts
     )
-    bits = [int((counts * cost).sum()) / (1 << COST_BITS) for cost in costs]
-    best = bits.index(min(bits)) if beta is None else beta
-    return best, bits[best], squared_error
+    shapes = range(len(costs)) if beta is None else (beta,)
+    bits, best = min((int((counts * costs[shape]).sum()), shape) for shape in shapes)
+    return best, bits / (1 << COST_BITS), squared_error
 
 
 def sample(weight: Tensor, columns: int, count: int, least_columns: int) -> NDArray[np.float32]:
@@ -175,29 +173,31 @@ def sample(weight: Tensor, columns: int, count: int, least_columns: int) -> NDAr
     places = _places(weight.numel() // columns, columns, count, least_columns)
     if places is None:
         return _matrix(weight, columns)
+    starts, width = places
     flat = weight.detach().cpu().reshape(-1)
-    if flat.dtype == torch.bfloat16:
-        taken = torch.from_numpy(flat.view(torch.int16).numpy().take(places)).view(torch.bfloat16)
-    else:
-        taken = torch.from_numpy(flat.numpy().take(places))
-    return _matrix(taken, taken.shape[1])
+    # numpy has no bfloat16.
+    numbers = flat.view(torch.int16).numpy() if flat.dtype == torch.bfloat16 else flat.numpy()
+    taken = np.lib.stride_tricks.sliding_window_view(numbers, width)[starts].reshape(len(starts), -1)
+    return _matrix(torch.from_numpy(taken).view(flat.dtype), taken.shape[1])
 
 
 @functools.lru_cache(maxsize=8)
-def _places(rows: int, columns: int, count: int, least_columns: int) -> NDArray[np.int64] | None:
-    """Flat positions of a sample, int64 (rows, columns) of it; None: all."""
+def _places(rows: int, columns: int, count: int, least_columns: int) -> tuple[NDArray[np.int64], int] | None:
+    """Where the chunks of a sample start, flat, int64 (rows, chunks) of it, and their width; None: all is taken."""
     if rows * columns <= count:
         return None
     some_rows = min(rows, count // least_columns)
     chunks = -(-count // (some_rows * _CHUNK))
+    whole = 2 * chunks * _CHUNK > columns
+    if whole:
+        some_rows = min(rows, max(some_rows, count // columns))
     row = np.arange(some_rows, dtype=np.int64)[:, None]
     first = (row * rows // some_rows) * columns
-    if 2 * chunks * _CHUNK > columns:
-        return None if some_rows == rows else np.asarray(first + np.arange(columns))
+    if whole:
+        return None if some_rows == rows else (first, columns)
     shift = row * 40503 % 65536
     chunk = np.arange(chunks, dtype=np.int64)[None, :]
-    start = (chunk * 65536 + shift) * (columns - _CHUNK) // (chunks * 65536)
-    return np.asarray(((first + start)[:, :, None] + np.arange(_CHUNK)).reshape(some_rows, -1))
+    return first + (chunk * 65536 + shift) * (columns - _CHUNK) // (chunks * 65536), _CHUNK
 
 
 def _matrix(weight: Tensor, columns: int) -> NDArray[np.float32]:
@@ -215,4 +215,4 @@ def _fp32(name: str, number: float) -> float:
     return float(np.float32(number))
 
 
-__all__ = ["Corrections", "Estimate", "LatticeTensor", "decode", "encode", "estimate", "levels", "ESCAPE"]
+__all__ = ["Corrections", "Estimate", "LatticeTensor", "decode", "encode", "estimate", "levels"]

@@ -118,6 +118,13 @@ class LatticeTensor:
         segments = rans.Segments(counts, states, self._array(states_end, words_end, "<u2"))
         return Parts(self._array(0, rows, "|i1"), segments, self._array(words_end, self.nbytes, "<f4"))
 
+    def nearest(self, values: NDArray[np.float32]) -> NDArray[np.int8]:
+        """The levels nearest to weights that are stored as they are, kept to ±127: int8 of the same shape."""
+        with np.errstate(over="ignore"):
+            exact = np.rint((values - np.float32(self.offset)) / np.float32(self.step))
+        found: NDArray[np.int8] = np.clip(exact, -127, 127).astype(np.int8)
+        return found
+
     def constants(self) -> dict[str, Any]:
         """Everything but shape, dtype and the stream."""
         return {"columns": self.columns, "step": self.step, "offset": self.offset, "beta": self.beta}

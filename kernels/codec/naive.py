@@ -35,7 +35,9 @@ def nearest(plane: Tensor, table: Tensor) -> Tensor:
     return found
 
 
-def encode(weight: Tensor, config: BirkhoffConfig, *, by_row: bool, keep_raw: bool = False) -> BirkhoffTensor | RawTensor:
+def encode(
+    weight: Tensor, config: BirkhoffConfig, *, by_row: bool, keep_raw: bool = False
+) -> BirkhoffTensor | RawTensor:
     """Encode a tensor; see ``kernels.codec.birkhoff.encode``, which gives the same."""
     if keep_raw or weight.dtype not in CODED_DTYPES or weight.numel() < config.min_elements:
         return RawTensor(weight.detach())

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.codec import trellis_numba as trellis
-from kernels.codec.hadamard import unrotate
+from kernels.codec.hadamard import norm, signs
 from kernels.codec.orbit_format import OrbitTensor, Outliers, row_bytes, saturate
 from kernels.codec.orbit_rows import (
     DEFAULT_SEED,
@@ -33,7 +33,8 @@ from kernels.codec.orbit_rows import (
 from kernels.codec.orbit_tables import table
 
 _ESTIMATE_SAMPLE = 1 << 18
-_ROWS_DECODED = 1 << 20
+_AT_ONCE = 1 << 20
+_IN_CACHE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def half_scales(scales: NDArray[np.float64], exponent: int) -> tuple[int, NDArra
 def _energy(matrix: Matrix) -> float:
     """Σ w² of the scaled weights."""
     total = 0.0
-    for part in np.array_split(matrix.weight, max(1, matrix.weight.size // _ROWS_DECODED)):
+    for part in np.array_split(matrix.weight, max(1, matrix.weight.size // _AT_ONCE)):
         scaled = part.astype(np.float64) * float(matrix.scale)
         total += float(np.vdot(scaled, scaled))
     return total
@@ -153,6 +154,9 @@ def outliers_of(positions: NDArray[np.int64], missing: NDArray[np.float64]) -> O
 
 def _shift(x: Tensor, exponent: int) -> Tensor:
     """fp32(x·2^exponent), rounded once and kept to fp32's range."""
+    if -126 <= exponent <= 127:  # the factor is an fp32 itself
+        limit = torch.finfo(torch.float32).max
+        return (x * 2.0**exponent).clamp_(-limit, limit)
     return saturate(x.to(torch.float64) * 2.0**exponent, torch.float32)
 
 
@@ -160,7 +164,7 @@ def codes_to_levels(encoded: OrbitTensor, *, threads: int = 1) -> Tensor:
     """The integer levels T[σ]: int8 (rows, columns), of the rotated weight where it is."""
     levels = np.empty((encoded.rows, encoded.columns), np.int8)
     codes, values = encoded.codes.numpy(), table(encoded.k, encoded.law).levels
-    step = max(1, _ROWS_DECODED // encoded.columns)
+    step = max(1, _AT_ONCE // encoded.columns)
 
     def one(first: int) -> None:
         trellis.levels(codes, encoded.k, values, first, min(first + step, encoded.rows), levels)
@@ -175,23 +179,25 @@ def decode(encoded: OrbitTensor, *, dtype: torch.dtype | None = None) -> Tensor:
     fp32 in a fixed order: scale·T (exact), the inverse rotation, times the unit, plus the outlier; then one cast. What
     would overflow becomes the largest finite number.
     """
-    levels = codes_to_levels(encoded)
-    target = dtype or encoded.dtype
+    levels = codes_to_levels(encoded).numpy()
+    scales = encoded.scales.to(torch.float32).numpy()
+    turns = signs(encoded.columns if encoded.block > 1 else 0, encoded.seed)
     weight = torch.empty((encoded.rows, encoded.columns), dtype=torch.float32)
     for part in _row_parts(encoded):
-        plain = levels[part].to(torch.float32) * encoded.scales[part].to(torch.float32)[:, None]
-        weight[part] = _shift(unrotate(plain, encoded.block, encoded.seed), encoded.exponent)
+        plain = weight[part].numpy()
+        trellis.restore(levels[part], scales[part], turns, encoded.block, norm(encoded.block), plain)
+        weight[part] = _shift(weight[part], encoded.exponent)
     outliers = encoded.outliers
     if outliers.positions.numel():
         flat = weight.view(-1)
         flat[outliers.positions] = saturate(
             flat[outliers.positions].to(torch.float64) + outliers.full_values.to(torch.float64), torch.float32
         )
-    return saturate(weight, target).view(encoded.shape)
+    return saturate(weight, dtype or encoded.dtype).view(encoded.shape)
 
 
 def _row_parts(encoded: OrbitTensor) -> Iterator[slice]:
-    step = max(1, _ROWS_DECODED // encoded.columns)
+    step = max(1, _IN_CACHE // encoded.columns)
     for start in range(0, encoded.rows, step):
         yield slice(start, start + step)
 

@@ -17,12 +17,13 @@ from kernels.codec.lattice_tables import LOWEST, Table
 
 SEGMENT_WEIGHTS = 1 << 16
 INITIAL = rans_numba.INITIAL
+LANES = rans_numba.LANES
 _FEW_WEIGHTS = 1 << 14
 
 
 def lane_count(rows: int, columns: int) -> int:
     """Lanes of every segment of a matrix: 16, or 1 under 16,384 weights."""
-    return rans_numba.LANES if rows * columns >= _FEW_WEIGHTS else 1
+    return LANES if rows * columns >= _FEW_WEIGHTS else 1
 
 
 def segment_rows(columns: int) -> int:

@@ -336,3 +336,28 @@ def at_positions(
                     pair |= np.int64(row[byte + 1])
                 window = (window << k) | ((pair >> (16 - k - place % 8)) & symbol)
         out[index] = table[window & mask]
+
+
+@njit(cache=True, nogil=True, fastmath=False)
+def restore(
+    levels: NDArray[np.int8], scales: NDArray[np.float32], signs: NDArray[np.float32], block: int, norm: np.float32,
+    out: NDArray[np.float32],
+) -> None:  # fmt: skip
+    """``out`` (rows, columns) = levels·scale, the rotation undone: as ``hadamard.unrotate`` does it, in the cache."""
+    rows, columns = levels.shape
+    for row in range(rows):
+        target = out[row]
+        scale = scales[row]
+        for column in range(columns):
+            target[column] = np.float32(levels[row, column]) * scale
+        if block > 1:
+            stride = 1
+            while stride < block:
+                for group in range(0, columns, 2 * stride):
+                    for column in range(group, group + stride):
+                        upper, lower = target[column], target[column + stride]
+                        target[column] = upper + lower
+                        target[column + stride] = upper - lower
+                stride *= 2
+            for column in range(columns):
+                target[column] = target[column] * norm * signs[column]

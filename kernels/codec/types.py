@@ -194,12 +194,14 @@ class BirkhoffTensor:
         """Undo ``constants`` and ``stream``. Raises KeyError, TypeError or ValueError."""
         x, y = constants["centre"]
         by_row = constants["by_row"]
-        whole = {key: constants[key] for key in ("nodes", "classes", "bits")}
-        if not isinstance(by_row, bool) or not all(isinstance(value, int) for value in whole.values()):
+        nodes, classes, bits = (constants[key] for key in ("nodes", "classes", "bits"))
+        if not isinstance(by_row, bool) or not all(isinstance(value, int) for value in (nodes, classes, bits)):
             raise ValueError("by_row must be a bool, and nodes, classes and bits whole numbers")
-        real = {key: float(constants[key]) for key in ("radius", "side", "mean_error")}
-        centre = (float(x), float(y))
-        return cls(shape=shape, dtype=dtype, by_row=by_row, centre=centre, indices=stream, **whole, **real)
+        return cls(
+            shape=shape, dtype=dtype, by_row=by_row, centre=(float(x), float(y)), radius=float(constants["radius"]),
+            side=float(constants["side"]), nodes=nodes, classes=classes, bits=bits, indices=stream,
+            mean_error=float(constants["mean_error"]),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

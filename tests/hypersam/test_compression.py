@@ -30,7 +30,6 @@ from kernels.codec import BirkhoffConfig, BirkhoffTensor, decode, encode
 from kernels.hyperlinear import HyperLinear
 from tests.models import TINY, ModelSize, official_sam, save_checkpoint
 
-
 WIDE = ModelSize(image=64, patch=8, dim=192, depth=4, heads=4, window=4, global_blocks=(1, 3), prompt_dim=128)
 
 

@@ -20,6 +20,7 @@ from kernels.codec import lattice, lattice_naive, lattice_tables, rans
 from kernels.codec.lattice import LatticeTensor
 
 GOLDEN = Path(__file__).with_name("golden") / "lattice.json"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [
     (1, 1), (1, 2), (2, 1), (1, 15), (3, 16), (5, 17), (6, 9), (40, 33), (7, 64),
     (126, 130), (1100, 15),
@@ -424,6 +425,7 @@ def test_golden_vectors(number: int) -> None:
     dtype = getattr(torch, case["dtype"])
     parsed = LatticeTensor.parse(tuple(case["shape"]), dtype, case["constants"], stream)
     dense = lattice.decode(parsed, dtype=torch.float32)
+    assert torch.equal(lattice_naive.decode(parsed, dtype=torch.float32), dense)
     assert hashlib.sha256(dense.numpy().astype("<f4").tobytes()).hexdigest() == case["decoded_fp32_sha256"]
     if "decoded" in case:
         assert dense.reshape(-1).tolist() == case["decoded"]
@@ -432,3 +434,34 @@ def test_golden_vectors(number: int) -> None:
         golden_weight(case), constants["step"], columns=constants["columns"], offset=constants["offset"]
     )
     same(again, parsed)
+
+
+@pytest.mark.parametrize(("count", "columns"), [(1, 1), (5, 17), (7, 64), (129, 130), (1, 400)])
+def test_triton(count: int, columns: int) -> None:
+    lattice_triton = pytest.importorskip("kernels.codec.lattice_triton")
+    weight = torch.randn(count, columns) * 0.05
+    if count > 2:
+        weight[1] = 0
+        weight[2, 0] = -6e4
+    coded = lattice.encode(weight, 0.02, columns=columns, offset=0.25 if count == 1 else 0.0)
+    expected, corrections = lattice.levels(coded)
+    found, apart = lattice_triton.levels(coded, DEVICE)
+    assert torch.equal(found.cpu(), expected)
+    assert torch.equal(apart.index.cpu(), corrections.index)
+    assert torch.equal(apart.values.cpu(), corrections.values)
+
+
+def test_triton_refuses_damage() -> None:
+    lattice_triton = pytest.importorskip("kernels.codec.lattice_triton")
+    weight = torch.randn(8, 2048) * 0.05
+    weight[1:7] = 0
+    coded = lattice.encode(weight, 0.02, columns=2048)
+    generator = torch.Generator().manual_seed(5)
+    states_end = coded.rows + 4 * 17
+    for _ in range(4):
+        stream = coded.stream().clone()
+        where = int(torch.randint(states_end, stream.numel() - 1, (), generator=generator))
+        stream[where] ^= 1
+        damaged = LatticeTensor.parse(coded.shape, coded.dtype, coded.constants(), stream)
+        with pytest.raises(ValueError, match=r"decode|escapes"):
+            lattice_triton.levels(damaged, DEVICE)
