@@ -32,8 +32,8 @@ F64 = NDArray[np.float64]
 
 SMALLEST_STEP, LARGEST_STEP = 2.0**-6, 2.0
 """Bounds of a lattice's step, in units of the tensor's root mean square."""
-_MEASURED_STEPS = 15
-_STEPS_BETWEEN = 40
+_MEASURED_STEPS = 10
+_STEPS_BETWEEN = 60
 _BISECTIONS = 60
 WORST_RELATIVE_ERROR = 0.3
 """Relative error over which ``sensitivity`` drives no tensor if the budget allows: sensitivities hold for small

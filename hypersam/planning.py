@@ -19,11 +19,12 @@ from hypersam.options import Goal
 from hypersam.sam.detect import Detected, linear_weights
 from hypersam.sam.families.sam_vit import SamViT
 from kernels import artifact as artifact_format
-from kernels.codec import HalfTensor, lattice, orbit
+from kernels.codec import lattice, orbit
 
 _ORBIT_ROW = 96
 """Columns that a layer needs for a scale a row to be worth its bits."""
 _ORBITS = (3, 4, 5, 6)
+_LARGEST_HALF = 65504.0
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def measured_curves(
         energy = squares(tensor, torch.zeros_like(tensor))[0]
         if not math.isfinite(energy):
             return None
-        half = HalfTensor.of(tensor) if tensor.dtype in (torch.float32, torch.float64) else None
-        discrete = [Choice("raw")] + ([Choice("half")] if half is not None else [])
+        halves = tensor.dtype in (torch.float32, torch.float64) and float(tensor.abs().max()) <= _LARGEST_HALF
+        discrete = [Choice("raw"), Choice("half")] if halves else [Choice("raw")]
         orbits = goal.codec == "orbit" and layer and tensor.shape[-1] >= _ORBIT_ROW
         if orbits:
             discrete += [Choice("orbit", k=k) for k in _ORBITS]
@@ -70,7 +71,7 @@ def measured_curves(
             name, tensor.numel(), energy, sensitivities.get(name), tuple(discrete),
             lattice=not orbits and energy > 0, spread=math.sqrt(apart / tensor.numel()),
         )  # fmt: skip
-        return curves([facts], lambda _, choice: _cost(tensor, choice, half, layer=layer), max_error=goal.max_error)
+        return curves([facts], lambda _, choice: _cost(tensor, choice, layer=layer), max_error=goal.max_error)
 
     found: list[Curves] = []
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="plan") as pool:
@@ -81,13 +82,14 @@ def measured_curves(
     return Curves.joined(found)
 
 
-def _cost(tensor: Tensor, choice: Choice, half: HalfTensor | None, *, layer: bool) -> Cost:
+def _cost(tensor: Tensor, choice: Choice, *, layer: bool) -> Cost:
     match choice.encoding:
         case "raw":
             return Cost(8.0 * tensor.nbytes, 0.0)
         case "half":
-            assert half is not None
-            return Cost(16.0 * tensor.numel(), squares(tensor, half.half)[1])
+            part = tensor.flatten()[:: max(1, tensor.numel() >> 18)]
+            error = squares(part, part.to(torch.float16))[1] * tensor.numel() / part.numel()
+            return Cost(16.0 * tensor.numel(), error)
         case "lattice":
             assert choice.step is not None
             try:

@@ -25,7 +25,7 @@ _MIDDLE_BETA = 3
 # Weights in a sample, and the fewest columns of it. The shape is judged on long pieces of rows: a class fitted to few
 # weights hides their tails. A size is judged on many rows, because rows differ most.
 _FOR_BETA = (1 << 16, 256)
-_FOR_ESTIMATE = (1 << 19, 32)
+_FOR_ESTIMATE = (1 << 18, 32)
 _CHUNK = 16
 
 
