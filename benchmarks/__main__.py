@@ -16,6 +16,8 @@ SMALL_SAM = Path(__file__).parent.parent / "hypersam" / "assets" / "small_sam.pt
 @app.command()
 def compression(
     model: Annotated[str, typer.Argument(help="small_sam, sam_vit_b, sam_vit_l, sam_vit_h, or a checkpoint's path.")],
+    codec: Annotated[str, typer.Option(help="lattice, orbit or birkhoff.")] = "lattice",
+    preset: Annotated[str | None, typer.Option(help="4x, 5x, 6.5x or 8x; not for birkhoff.")] = None,
     folder: Annotated[Path, typer.Option(help="Where checkpoints and artifacts are made.")] = Path("build/benchmarks"),
 ) -> None:
     """Ratio, bits a weight, SQNR, time, memory and the embedding's cosine of one model."""
@@ -29,7 +31,8 @@ def compression(
         path = random_sam.write(model, folder / f"{model}_random.pth")
     else:
         path, model = Path(model), Path(model).stem
-    _print(benchmark.run(model, path, folder))
+    options: dict[str, Any] = {"fidelity": False} | ({"preset": preset} if preset else {})
+    _print(benchmark.run(model, path, folder, codec, options))
 
 
 @app.command()

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,26 @@ from hypersam.loading import load
 from hypersam.scenes import make_scene
 
 
-def run(name: str, checkpoint: Path, folder: Path) -> dict[str, Any]:
+def run(name: str, checkpoint: Path, folder: Path, codec: str, options: Mapping[str, Any]) -> dict[str, Any]:
     """Measure one checkpoint; the compression runs in a process of its own, for its peak memory."""
     artifact = folder / f"{name}.hsam"
     code = (
         "import sys, json, resource, hypersam\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "report = hypersam.compress(sys.argv[1], sys.argv[2])\n"
+        "options = json.loads(sys.argv[4])\n"
+        "report = hypersam.compress(sys.argv[1], sys.argv[2], codec=sys.argv[3], options=options)\n"
         "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "keep = ('ratio', 'bits_per_weight', 'sqnr_db', 'seconds', 'source_bytes', 'artifact_bytes')\n"
+        "keep = ('ratio', 'fp32_ratio', 'bits_per_weight', 'sqnr_db', 'seconds', 'source_bytes', 'artifact_bytes')\n"
         "print(json.dumps({k: getattr(report, k) for k in keep} | {'peak_mb': peak / 1024}))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, checkpoint, artifact], stdout=subprocess.PIPE, check=True)
-    row: dict[str, Any] = {"model": name, "codec": "birkhoff", **json.loads(done.stdout)}
+    arguments = [str(checkpoint), str(artifact), codec, json.dumps(dict(options))]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, check=True)
+    row: dict[str, Any] = {
+        "model": name,
+        "codec": codec,
+        "options": json.dumps(dict(options)),
+        **json.loads(done.stdout),
+    }
     picture = make_scene(1, size=1024).image
     embeddings = {}
     for kind, path in (("original", checkpoint), ("compressed", artifact)):

@@ -150,7 +150,9 @@ def test_tensors_without_sensitivity_or_without_effect_are_still_coded_with_care
         TensorFacts("zeros", 10_000, 0.0, 1.0),
     ]
     plan = solve(curves(tensors, lambda t, c: gaussian(t, c) if t.energy else Cost(80, 0.0)), size(tensors, 4))
-    assert plan.choices["unknown"] == plan.choices["known"]
+    known, unknown = plan.choices["known"].step, plan.choices["unknown"].step
+    assert known is not None
+    assert unknown == pytest.approx(known, rel=0.02)  # what was left of the budget may go to either
     assert plan.nbytes["nothing"] < plan.nbytes["known"]
     assert plan.squared_error["zeros"] == 0
 
