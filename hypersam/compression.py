@@ -70,6 +70,7 @@ class _Job:
     roles: Roles
     tell: ProgressCallback
     seconds: dict[str, float] = field(default_factory=dict)
+    encoded: int = 0
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -248,7 +249,9 @@ def _encode(job: _Job, moves: Mapping[str, float], reserve: int) -> dict[str, En
     total = sum(t.nbytes for t in job.tensors.values())
 
     def told(done: int) -> None:
-        job.tell(Progress("encoding", done, total))
+        # Of a second round nothing shows but that it can be stopped: progress does not go back.
+        job.encoded = max(job.encoded, done)
+        job.tell(Progress("encoding", job.encoded, total))
 
     with torch.inference_mode():
         if job.goal.config is not None:
@@ -270,7 +273,6 @@ def _within_budget(
     """Encode to the size asked for: plan, encode, see what it takes, and plan again with what was learnt."""
     budget = job.goal.budget(fp32_bytes(job.tensors.values()))
     assert budget is not None
-    total = sum(t.nbytes for t in job.tensors.values())
     reserve += _FIDELITY_BYTES if job.goal.fidelity else 0
     kept = sum(t.nbytes for name, t in job.tensors.items() if name not in found.names)
     aim = (budget - reserve - kept - predicted_prefix(job.tensors, job.header)) * (1 - _SHORTFALL)
@@ -283,8 +285,7 @@ def _within_budget(
             wanted = every_choice(job.tensors, solve(found, aim, policy=job.goal.policy))
         with job.stage("encoding"):
             changed = {name: t for name, t in job.tensors.items() if choices.get(name) != wanted[name]}
-            # Of a second round nothing shows but that it can be stopped: progress does not go back.
-            fresh = encode_all(changed, wanted, job.roles.layers, progress=told if not made else lambda _: told(total))
+            fresh = encode_all(changed, wanted, job.roles.layers, progress=told)
             made = {name: fresh.get(name) or made[name] for name in job.tensors}
             choices = wanted
         size = job.prefix_bytes(made, moves, None) + reserve + sum(t.nbytes for t in made.values())
@@ -301,7 +302,6 @@ def _within_budget(
 
 def _within_error(job: _Job, found: Curves, told: Callable[[int], None]) -> dict[str, EncodedTensor]:
     """Encode to the error asked for; what a sample made look small enough and is not gets a finer coding."""
-    total = sum(t.nbytes for t in job.tensors.values())
     limit = job.goal.max_error
     assert limit is not None
     with job.stage("planning"):
@@ -310,7 +310,7 @@ def _within_error(job: _Job, found: Curves, told: Callable[[int], None]) -> dict
     wrong = dict(job.tensors)
     with job.stage("encoding"):
         for attempt in range(_ROUNDS):
-            made |= encode_all(wrong, choices, job.roles.layers, progress=told if not made else lambda _: told(total))
+            made |= encode_all(wrong, choices, job.roles.layers, progress=told)
             wrong = {name: t for name, t in job.tensors.items() if _relative_error(made[name]) > limit}
             if not wrong:
                 break
