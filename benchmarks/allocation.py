@@ -23,7 +23,7 @@ from hypersam.allocation import POLICIES, Choice, Cost, Curves, Plan, TensorFact
 from hypersam.checkpoint import read_checkpoint
 from hypersam.fidelity import compare
 from hypersam.sam.detect import detect
-from hypersam.sam.reduce import sharing
+from hypersam.sam.network import sharing
 from hypersam.sensitivity import Weights, measure
 
 RATIOS = (8.0, 10.0)
@@ -36,7 +36,8 @@ _RECORD_BYTES = 150
 def run(checkpoint: Path, *, ratios: tuple[float, ...] = RATIOS, scenes: int = 32) -> list[dict[str, Any]]:
     """One row a ratio and policy, and for ``sensitivity`` a row for each way to measure it; written to the results."""
     read = read_checkpoint(checkpoint)
-    network = sharing(detect(read.tensors).config, read.tensors)
+    detected = detect(read.tensors)
+    network = sharing(detected.described.network, detected.config, read.tensors)
     state = {name: tensor.detach() for name, tensor in network.state_dict().items()}
     parameters = {name: p.detach() for name, p in network.named_parameters()}
     fixed = _RECORD_BYTES * len(state) + sum(t.nbytes for name, t in state.items() if name not in parameters)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from hypersam.sam.families.decoder import DecoderConfig
 from hypersam.sam.families.sam_vit import SamViT, SamViTConfig
 
 _GLOBAL = {"sam_vit_b": (2, 5, 8, 11), "sam_vit_l": (5, 11, 17, 23), "sam_vit_h": (7, 15, 23, 31)}
@@ -23,9 +24,10 @@ def config(variant: str) -> SamViTConfig:
     dim, depth, heads = _SIZES[variant]
     windows = tuple(0 if i in _GLOBAL[variant] else 14 for i in range(depth))
     return SamViTConfig(
-        image_size=1024, patch=16, embed_dim=dim, depth=depth, heads=heads, mlp_dim=4 * dim, windows=windows,
-        prompt_dim=256, mask_in_chans=16, multimask_outputs=3, decoder_depth=2, decoder_mlp_dim=2048,
-        iou_depth=3, iou_hidden=256,
+        image_size=1024, patch=16, embed_dim=dim, heads=heads, mlp_dim=4 * dim, windows=windows,
+        decoder=DecoderConfig(
+            dim=256, mask_in_chans=16, multimask_outputs=3, depth=2, mlp_dim=2048, iou_depth=3, iou_hidden=256
+        ),
     )  # fmt: skip
 
 

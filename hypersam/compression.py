@@ -91,7 +91,7 @@ class _Job:
         return {
             "codec": {"name": self.goal.codec, "version": CODEC_VERSION, "options": self.options},
             "model": {"family": detected.family, "variant": detected.variant, "candidates": list(detected.candidates),
-                      "config": detected.config.as_dict()},
+                      "decided_by": detected.decided_by, "config": detected.config.as_dict()},
             "source": {"sha256": self.sha256, "bytes": self.source.stat().st_size, "container": checkpoint.container,
                        "wrapper": checkpoint.wrapper, "prefix": checkpoint.prefix},
         }  # fmt: skip
@@ -219,9 +219,10 @@ def _open(
         raise InvalidOption(f"{source.name} is a compressed model already; compress takes a checkpoint")
     began = time.perf_counter()
     checkpoint = read_checkpoint(source)
-    detected = detect(checkpoint.tensors, variant=variant)
+    detected = detect(checkpoint.tensors, variant=variant, name=source.name)
     size = source.stat().st_size
     sha256 = sha256_of(source, lambda n: tell(Progress("reading", n, size)))
+    detected = detected.told(sha256=sha256, name=source.name)
     goal, roles = goal_of(codec, options), roles_of(detected)
     job = _Job(source, checkpoint, detected, sha256, goal, place, options, roles, tell)
     job.seconds["reading"] = time.perf_counter() - began
@@ -336,7 +337,8 @@ def _compare(job: _Job, found: Mapping[str, EncodedTensor]) -> dict[str, Any]:
         def compressed() -> SamModel:
             detected = job.detected
             return compressed_model(
-                lambda name: found[name].encoded, detected.config, detected.variant, device=job.device
+                lambda name: found[name].encoded, detected.described, detected.config, detected.variant,
+                device=job.device,
             )  # fmt: skip
 
         size = job.prefix_bytes(found, {}, None) + sum(t.nbytes for t in found.values())

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from hypersam.errors import NotACheckpoint, Overloaded, PromptError, UnknownImage, UnknownModel
 from hypersam.loading import load_model, resolve_device
-from hypersam.sam.model import MASK_THRESHOLD, Embedding, SamModel
+from hypersam.sam.model import Embedding, SamModel
 from hypersam.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -310,7 +310,7 @@ def predict(model: SamModel, embedding: Embedding, prompts: Sequence[Prompt], *,
             low_res, scores = _decode(model, embedding, [prompts[n] for n in part], form, multimask)
             for row, number in enumerate(part):
                 # Upscaled one by one: a large picture times many prompts would not fit in memory.
-                full = model.upscale(low_res[row : row + 1], embedding)[0] > MASK_THRESHOLD
+                full = model.binary(model.upscale(low_res[row : row + 1], embedding)[0])
                 answers[number] = _masks(number, full.cpu().numpy(), scores[row].tolist())
     return tuple(mask for number in sorted(answers) for mask in answers[number])
 

@@ -4,7 +4,7 @@ Original and compressed model segment the same generated scenes by click and by 
 compared with the original's, not with the truth, since agreement is by far the sharper figure. Beside them
 stand plain yardsticks made of the original's own weights: round-to-nearest with 8 bits and a scale a row, and
 with 4 bits in groups of 128. Models come one after another, so no more than the original and one other
-is in memory. Large models look at smaller scenes through a reduced network (``hypersam.sam.reduce``).
+is in memory. Large models look at smaller scenes through a reduced network (``SamNetwork.reduced``).
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from torch import Tensor, nn
 
 from hypersam.engine import Prompt, predict
 from hypersam.evaluate import KINDS, iou, prompts_for
-from hypersam.sam.families.sam_vit import SamViT
 from hypersam.sam.model import SamModel
-from hypersam.sam.reduce import affordable_side, reduced, sharing
+from hypersam.sam.network import SamNetwork, sharing
 from hypersam.scenes import Scene, make_scene
 
 FIRST_SCENE = 6_000_000
@@ -32,7 +31,7 @@ FIRST_SCENE = 6_000_000
 _SCENES, _FEW_SCENES, _MANY_PARAMETERS = 8, 4, 100_000_000
 
 State = Mapping[str, Tensor]
-Model = SamModel | SamViT | State
+Model = SamModel | SamNetwork | State
 """A model, a network, or the state dict of a dense network of the original's layout."""
 
 
@@ -95,7 +94,7 @@ class _Answers:
 
 
 def compare(
-    original: SamModel | SamViT,
+    original: SamModel | SamNetwork,
     others: Mapping[str, Model | Callable[[], Model]],
     *,
     scenes: int | None = None,
@@ -115,7 +114,7 @@ def compare(
     if clash := sorted(set(others) & set(yardsticks)):
         raise ValueError(f"{', '.join(clash)} names a yardstick already")
     network = original.network if isinstance(original, SamModel) else original
-    looked = side or affordable_side(network.config)
+    looked = side or network.affordable_side()
     parameters = sum(t.numel() for t in network.state_dict().values())
     count = scenes or (_FEW_SCENES if parameters > _MANY_PARAMETERS else _SCENES)
     pictures = _scenes(count, looked)
@@ -168,7 +167,7 @@ def rtn(weight: Tensor, bits: int, group: int | None = None) -> tuple[Tensor, fl
     return values.view(rows, -1)[:, :columns].reshape(weight.shape), bits + (16 + bits) * padded.shape[1] / columns
 
 
-def rounded(network: SamViT, yardstick: Yardstick) -> tuple[dict[str, Tensor], int]:
+def rounded(network: SamNetwork, yardstick: Yardstick) -> tuple[dict[str, Tensor], int]:
     """A state dict as such models are shipped, and its bytes: the weights of linear and convolution layers rounded,
     other parameters in half precision where they fit, buffers as they are."""
     state = {name: tensor.detach() for name, tensor in network.state_dict().items()}
@@ -193,25 +192,24 @@ def _half(scale: Tensor) -> Tensor:
 
 
 def _made(other: Model | Callable[[], Model]) -> Model:
-    return other if isinstance(other, (SamModel, SamViT, Mapping)) else other()
+    return other if isinstance(other, (SamModel, SamNetwork, Mapping)) else other()
 
 
-def _placed(model: Model, original: SamModel | SamViT, side: int) -> SamModel:
+def _placed(model: Model, original: SamModel | SamNetwork, side: int) -> SamModel:
     """A model for pictures of ``side`` pixels on the weights of this one, which stays as it is."""
     like = model if isinstance(model, SamModel) else original if isinstance(original, SamModel) else None
     if isinstance(model, SamModel):
         network = model.network
-    elif isinstance(model, SamViT):
+    elif isinstance(model, SamNetwork):
         network = model
     else:
-        config = original.network.config if isinstance(original, SamModel) else original.config
-        network = sharing(config, model)
-    device = network.image_encoder.pos_embed.device
+        dense = original.network if isinstance(original, SamModel) else original
+        network = sharing(type(dense), dense.config, model)
     return SamModel(
-        reduced(network, side),
-        variant=like.variant if like else "sam_vit",
-        device=device,
-        dtype=like.dtype if like and isinstance(model, SamModel) else network.image_encoder.pos_embed.dtype,
+        network.reduced(side),
+        variant=like.variant if like else network.family,
+        device=network.device,
+        dtype=like.dtype if like and isinstance(model, SamModel) else network.dtype,
     )
 
 

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from hypersam.checkpoint import read_checkpoint
 from hypersam.errors import ArtifactError, InvalidOption, NotACheckpoint, Unavailable, artifact_errors
 from hypersam.sam.detect import Detected, detect
-from hypersam.sam.families.sam_vit import SamViT, SamViTConfig
+from hypersam.sam.families import family_of
+from hypersam.sam.family import Family
 from hypersam.sam.model import SamModel
+from hypersam.sam.network import Config, SamNetwork
 from hypersam.sam.predictor import SamPredictor
 from kernels.artifact import Artifact, open_artifact
 from kernels.codec import Encoded, decode
@@ -40,7 +42,7 @@ def load_model(path: Path, *, device: str | torch.device = "auto", dtype: torch.
         with artifact_errors(), open_artifact(path, verify=False) as artifact:
             return _from_artifact(artifact, place, dtype)
     checkpoint = read_checkpoint(path)
-    detected = detect(checkpoint.tensors)
+    detected = detect(checkpoint.tensors, name=path.name)
     # A copy, so that the model does not hang on the mapped file.
     state = {key: value.clone() for key, value in checkpoint.tensors.items()}
     return dense_model(state, detected, device=place, dtype=dtype)
@@ -54,10 +56,9 @@ def dense_model(
     dtype: torch.dtype = torch.float32,
 ) -> SamModel:
     """The uncompressed model of a state dict. fp32 tensors on the right device are shared, not copied."""
-    with torch.device("meta"):
-        network = SamViT(detected.config)
-    # Checkpoints in half precision compute in fp32 too.
-    state = {key: value.to(torch.float32) for key, value in tensors.items()}
+    network = detected.described.on_meta(detected.config)
+    # Checkpoints in half precision compute in fp32 too. What the network does not have is carried for others.
+    state = {key: _computed(tensors[key]) for key in network.state_dict()}
     network.load_state_dict(state, strict=True, assign=True)
     return _placed(network, detected.variant, resolve_device(device), dtype)
 
@@ -88,26 +89,29 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def _from_artifact(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> SamModel:
     """Build on the meta device and fill: a coded linear layer goes from its stream straight to indices."""
     model = artifact.model
-    if model.get("family") != "sam_vit":
-        raise ArtifactError(f"the artifact holds a model of family {model.get('family')!r}; sam_vit is known here")
     try:
-        config = SamViTConfig.from_dict(model["config"])
+        family = family_of(str(model.get("family")))
+    except KeyError:
+        raise ArtifactError(f"the artifact holds a model of family {model.get('family')!r}, unknown here") from None
+    try:
+        config = family.config.from_dict(model["config"])
+        expected = {key: tuple(shape) for key, shape in family.layout(config).items()}
     except (KeyError, TypeError, ValueError) as error:
         raise ArtifactError(f"the artifact's model configuration is unusable: {error}") from error
-    with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in SamViT(config).state_dict().items()}
-    if odd := sorted(set(artifact.names()) ^ set(expected)):
+    odd = [name for name in artifact.names() if name not in expected and not family.carries(name)]
+    if odd := sorted({*odd, *(set(expected) - set(artifact.names()))}):
         raise ArtifactError(f"the artifact's tensors are not those of its model: {', '.join(odd[:5])}")
     for record in artifact.records:
-        if record.shape != expected[record.name]:
+        if record.name in expected and record.shape != expected[record.name]:
             raise ArtifactError(f"{record.name} has shape {record.shape}, should be {expected[record.name]}")
-    variant = str(model.get("variant", "sam_vit"))
-    return compressed_model(artifact.encoded, config, variant, device=device, dtype=dtype)
+    variant = str(model.get("variant", family.id))
+    return compressed_model(artifact.encoded, family, config, variant, device=device, dtype=dtype)
 
 
 def compressed_model(
     encoded: Callable[[str], Encoded],
-    config: SamViTConfig,
+    family: Family,
+    config: Config,
     variant: str,
     *,
     device: str | torch.device = "cpu",
@@ -118,8 +122,7 @@ def compressed_model(
     Built on the meta device and filled: the weight of a linear layer goes from its stream straight to its resident
     form. Raises ArtifactError, naming the tensor, for one that does not fit.
     """
-    with torch.device("meta"):
-        network = SamViT(config)
+    network = family.on_meta(config)
     linears = {f"{name}.weight": name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
     state: dict[str, Tensor] = {}
     layers: dict[str, HyperLinear] = {}
@@ -129,7 +132,7 @@ def compressed_model(
             if key in linears and isinstance(given, RESIDENT):
                 layers[key] = HyperLinear.from_encoded(given, None)
             else:
-                state[key] = decode(given).float()
+                state[key] = _computed(decode(given))
         except (ValueError, KernelArtifactCorrupt) as error:
             raise ArtifactError(f"{key}: {error}") from error
     for key, layer in layers.items():
@@ -148,7 +151,12 @@ def _inside_hyperlinear(network: nn.Module, key: str) -> bool:
     return isinstance(network.get_submodule(key.rpartition(".")[0]), HyperLinear)
 
 
-def _placed(network: SamViT, variant: str, device: torch.device, dtype: torch.dtype) -> SamModel:
+def _computed(tensor: Tensor) -> Tensor:
+    """A tensor as networks compute with it: fp32, but for counters and the like."""
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
+def _placed(network: SamNetwork, variant: str, device: torch.device, dtype: torch.dtype) -> SamModel:
     network.to(device)
     if dtype != torch.float32:
         network.image_encoder.to(dtype)

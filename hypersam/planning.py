@@ -16,8 +16,8 @@ from torch import Tensor
 from hypersam.allocation import Choice, Cost, Curves, Plan, TensorFacts, curves
 from hypersam.encoding import as_fp32, columns_of, offset_of, squares
 from hypersam.options import Goal
-from hypersam.sam.detect import Detected, linear_weights
-from hypersam.sam.families.sam_vit import SamViT
+from hypersam.sam.detect import Detected
+from hypersam.sam.family import linear_weights
 from kernels import artifact as artifact_format
 from kernels.codec import lattice, orbit
 
@@ -37,8 +37,7 @@ class Roles:
 
 def roles_of(detected: Detected) -> Roles:
     """The roles of a model's tensors."""
-    with torch.device("meta"):
-        network = SamViT(detected.config)
+    network = detected.described.on_meta(detected.config)
     return Roles(linear_weights(network), frozenset(name for name, _ in network.named_buffers()))
 
 

@@ -21,12 +21,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from hypersam.evaluate import prompts_for
-from hypersam.sam.families.sam_vit import ImageEncoder, SamViT
-from hypersam.sam.model import PIXEL_MEAN, PIXEL_STD, SamModel
-from hypersam.sam.reduce import affordable_side, reduced, sharing
+from hypersam.sam.model import SamModel
+from hypersam.sam.network import LARGEST_SIDE, Prompts, SamNetwork, sharing
+from hypersam.sam.registry import family_row
 from hypersam.scenes import SceneObject, make_scene
 
 FIRST_SCENE = 5_000_000
@@ -34,10 +33,8 @@ FIRST_SCENE = 5_000_000
 OBJECTS = 8
 """Most objects of a scene that are asked for."""
 _PICTURES, _FEW_PICTURES, _MANY_PARAMETERS = 8, 4, 100_000_000
-_KEPT_ACTIVATIONS = 1 << 30
-"""Bytes of activations kept for the backward pass; over this the blocks are computed twice instead."""
-_VALUES_PER_TOKEN = 24
-"""Values a block keeps for each token, in units of the width: four in attention's operands, eight in the MLP, norms."""
+_KEPT_SIDE = LARGEST_SIDE
+"""Over larger pictures than this, networks keep little for the backward pass and compute blocks twice."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ class _Picture:
 
 
 def measure(
-    model: SamModel | SamViT,
+    model: SamModel | SamNetwork,
     *,
     pictures: int | None = None,
     probes: int = 1,
@@ -91,7 +88,7 @@ def measure(
 
 
 def _measured(
-    network: SamViT,
+    network: SamNetwork,
     full: dict[str, int],
     pictures: int,
     probes: int,
@@ -129,7 +126,7 @@ def _measured(
 
 @torch.no_grad()
 def measure_by_perturbation(
-    model: SamModel | SamViT,
+    model: SamModel | SamNetwork,
     *,
     pictures: int = 1,
     repeats: int = 1,
@@ -160,7 +157,7 @@ def measure_by_perturbation(
     return found
 
 
-def _measurable(model: SamModel | SamViT, side: int | None) -> tuple[SamViT, dict[str, int]]:
+def _measurable(model: SamModel | SamNetwork, side: int | None) -> tuple[SamNetwork, dict[str, int]]:
     """A network of the wanted side on the model's storage, and how many elements each parameter has when it is whole.
 
     Of a table with a row for every patch a smaller side uses a part. The mean squared movement of the answers by
@@ -169,18 +166,18 @@ def _measurable(model: SamModel | SamViT, side: int | None) -> tuple[SamViT, dic
     network = model.network if isinstance(model, SamModel) else model
     state = network.state_dict()
     with torch.device("meta"):
-        names = set(SamViT(network.config).state_dict())
-    if set(state) != names:
+        whole = type(network)(network.config)  # type: ignore[call-arg]
+    if set(state) != set(whole.state_dict()):
         raise ValueError("sensitivities are measured on dense networks, this one has compressed layers")
-    dense = sharing(network.config, state)
+    dense = sharing(type(network), network.config, state)
     full = {name: p.numel() for name, p in dense.named_parameters()}
-    return reduced(dense, side or affordable_side(network.config)), full
+    return dense.reduced(side or dense.affordable_side()), full
 
 
-def _picture(network: SamViT, seed: int, number: int) -> _Picture:
+def _picture(network: SamNetwork, seed: int, number: int) -> _Picture:
     """Scene ``number`` of a seed, with prompts for up to ``OBJECTS`` of its objects."""
     side = network.config.image_size
-    device = network.image_encoder.pos_embed.device
+    device = network.device
     # Seeds have streams of a thousand scenes each; a scene without objects is passed over.
     scene_number = FIRST_SCENE + 1000 * seed + number
     while not (scene := make_scene(scene_number, size=side)).objects:
@@ -193,10 +190,9 @@ def _picture(network: SamViT, seed: int, number: int) -> _Picture:
         asked = prompts_for(thing)
         clicks.append([asked["point"].points[0], _outside(thing, rng)])
         boxes.append(asked["box"].box)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (PIXEL_MEAN, PIXEL_STD))
-    pixels = torch.from_numpy(scene.image).to(device).permute(2, 0, 1).float()
+    # Scenes have the network's own size, so coordinates stay as they are.
     return _Picture(
-        pixels=((pixels - mean) / std)[None],
+        pixels=network.rules.normalised(network.rules.resized(scene.image, side).to(device), side),
         clicks=torch.tensor(clicks, dtype=torch.float32, device=device),
         labels=torch.tensor([[1, 0]] * len(clicks), dtype=torch.int, device=device),
         boxes=torch.tensor(boxes, dtype=torch.float32, device=device),
@@ -210,53 +206,30 @@ def _outside(thing: SceneObject, rng: np.random.Generator) -> tuple[float, float
     return float(x) + 0.5, float(y) + 0.5
 
 
-def _answers(network: SamViT, picture: _Picture, weights: Weights) -> Tensor:
+def _answers(network: SamNetwork, picture: _Picture, weights: Weights) -> Tensor:
     """All answers about a picture as one vector; the square of its movement is the weighted mean square."""
-    features = _embed(network.image_encoder, picture.pixels)
-    clicks, labels = picture.clicks, picture.labels
-    plain = _ask(network, features, (clicks[:, :1], labels[:, :1]), None, None)
-    boxed = _ask(network, features, None, picture.boxes, None)
-    # The last of the four masks stands for what a caller would send back; it is input, so nothing flows through it.
-    again = _ask(network, features, (clicks, labels), None, plain[0][:, -1:].detach())
+    can = family_row(network.family)
+    recompute = torch.is_grad_enabled() and picture.pixels.shape[-1] > _KEPT_SIDE
+    features = network.encode(picture.pixels, recompute=recompute)
+    clicks, labels, boxes = picture.clicks, picture.labels, picture.boxes
+    first = (clicks[:, :1], labels[:, :1])
+    plain = network.every_mask(features, Prompts(points=first))
+    boxed = network.every_mask(features, Prompts(boxes=boxes))
+    # A mask stands for what a caller would send back; it is input, so nothing flows through it.
+    mask = plain[0][:, -1:].detach() if can.mask_input else None
+    again = network.every_mask(features, Prompts((clicks, labels) if can.background else first, None, mask))
     parts = []
     if weights.masks:
         parts += [_scaled(torch.sigmoid(logits), weights.masks / 3) for logits, _ in (plain, boxed, again)]
     if weights.iou:
         parts += [_scaled(iou, weights.iou / 3) for _, iou in (plain, boxed, again)]
     if weights.embedding:
-        spread = features.detach().square().mean().sqrt()
-        parts.append(_scaled(features / spread, weights.embedding))
+        embedding = features[0]
+        spread = embedding.detach().square().mean().sqrt()
+        parts.append(_scaled(embedding / spread, weights.embedding))
     return torch.cat(parts)
 
 
 def _scaled(values: Tensor, weight: float) -> Tensor:
     """Flat, so that the sum of squares is ``weight`` times the mean square."""
     return values.flatten() * math.sqrt(weight / values.numel())
-
-
-def _embed(encoder: ImageEncoder, pixels: Tensor) -> Tensor:
-    """The encoder's pass; blocks that would keep too much are computed again in the backward pass."""
-    x: Tensor = encoder.patch_embed(pixels) + encoder.pos_embed
-    again = torch.is_grad_enabled() and 4 * _VALUES_PER_TOKEN * x.numel() * len(encoder.blocks) > _KEPT_ACTIVATIONS
-    for block in encoder.blocks:
-        x = checkpoint(block, x, use_reentrant=False) if again else block(x)
-    features: Tensor = encoder.neck(x.permute(0, 3, 1, 2))
-    return features
-
-
-def _ask(
-    network: SamViT,
-    features: Tensor,
-    points: tuple[Tensor, Tensor] | None,
-    boxes: Tensor | None,
-    masks: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """All four masks (B, 4, s, s), logits, and predicted IoUs (B, 4)."""
-    sparse, dense = network.prompt_encoder(points=points, boxes=boxes, masks=masks)
-    answer: tuple[Tensor, Tensor] = network.mask_decoder.predict_masks(
-        image_embeddings=features,
-        image_pe=network.prompt_encoder.get_dense_pe(),
-        sparse_prompt_embeddings=sparse,
-        dense_prompt_embeddings=dense,
-    )
-    return answer

@@ -158,12 +158,14 @@ def describe(file: Path) -> dict[str, Any]:
     if is_artifact(file):
         return describe_artifact(file)
     checkpoint = read_checkpoint(file)
-    detected = detect(checkpoint.tensors)
+    sha256 = sha256_of(file)
+    detected = detect(checkpoint.tensors).told(sha256=sha256, name=file.name)
     size = file.stat().st_size
     return {
         "kind": "checkpoint", "family": detected.family, "variant": detected.variant,
-        "candidates": list(detected.candidates), "parameters": checkpoint.parameters, "bytes": size,
-        "sha256": sha256_of(file), "container": checkpoint.container, "wrapper": checkpoint.wrapper,
+        "candidates": list(detected.candidates), "decided_by": detected.decided_by,
+        "parameters": checkpoint.parameters, "bytes": size,
+        "sha256": sha256, "container": checkpoint.container, "wrapper": checkpoint.wrapper,
         "prefix": checkpoint.prefix, "config": detected.config.as_dict(),
         "ratio": 1.0, "bits_per_weight": 8 * size / checkpoint.parameters,
         "tensors": [{"name": k, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}

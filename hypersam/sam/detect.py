@@ -1,81 +1,107 @@
-"""Which model a state dict is, from keys and shapes alone."""
+"""Which model a state dict is, from keys and shapes alone; a name or a hash decides between models of one layout."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hypersam.errors import LayoutMismatch, UnknownFamily, VariantMismatch
-from hypersam.sam.families import sam_vit
-from hypersam.sam.registry import NOT_YET, OTHER_SIZES, VARIANTS, known_variants
+from hypersam.sam import registry
+from hypersam.sam.families import FAMILIES, family_of
+from hypersam.sam.family import Family
+from hypersam.sam.network import Config
+from hypersam.sam.registry import NOT_YET, VARIANTS, known_variants
 
 _SHOWN = 8
+
+DecidedBy = Literal["shapes", "caller", "sha256", "name", "order"]
+"""What told the variant from its candidates; ``order``: nothing did, and the first was taken."""
 
 
 @dataclass(frozen=True)
 class Detected:
-    """A recognised model: its family, variant, the variants it could also be, and its configuration."""
+    """A recognised model: its family, variant, the variants it could also be, what decided, and its configuration."""
 
     family: str
     variant: str
     candidates: tuple[str, ...]
-    config: sam_vit.SamViTConfig
+    decided_by: DecidedBy
+    config: Config
+
+    @property
+    def described(self) -> Family:
+        """What its family is made of."""
+        return family_of(self.family)
+
+    def told(self, *, sha256: str | None = None, name: str | None = None) -> Detected:
+        """The same, decided by the hash of the file or else by its name where the shapes and the caller did not."""
+        if self.decided_by in ("shapes", "caller"):
+            return self
+        rows = [v for v in VARIANTS if v.id in self.candidates]
+        for row in rows:
+            if sha256 is not None and row.sha256 == sha256:
+                return replace(self, variant=row.id, decided_by="sha256")
+        plain = re.sub(r"[^a-z0-9]", "", (name or "").lower())
+        named = [row for row in rows if any(part in plain for part in row.names)]
+        # The longest name wins: edge_sam_3x also contains edge_sam.
+        named.sort(key=lambda row: -max(len(part) for part in row.names if part in plain))
+        return replace(self, variant=named[0].id, decided_by="name") if named else self
 
 
-def detect(tensors: Mapping[str, Tensor], *, variant: str | None = None) -> Detected:
+def detect(tensors: Mapping[str, Tensor], *, variant: str | None = None, name: str | None = None) -> Detected:
     """Recognise a state dict and check that every key and shape is as the model expects.
 
-    ``variant`` is what the caller says it is. Raises UnknownFamily, LayoutMismatch or VariantMismatch.
+    ``variant`` is what the caller says it is, ``name`` the file's. Raises UnknownFamily, LayoutMismatch or
+    VariantMismatch.
     """
     if variant is not None and variant not in known_variants():
         raise VariantMismatch(f"unknown variant {variant!r}; known are {', '.join(known_variants())}")
-    for key, family in NOT_YET:
+    for key, title in NOT_YET:
         if key in tensors:
-            raise UnknownFamily(f"this is {family} (it has {key!r}), which cannot be compressed yet; {_known()}")
-    if sam_vit.MARK not in tensors:
+            raise UnknownFamily(f"this is {title} (it has {key!r}), which cannot be compressed yet; {_known()}")
+    family = next((f for f in FAMILIES if f.recognises(tensors)), None)
+    if family is None:
         keys = ", ".join(sorted(tensors)[:3])
         raise UnknownFamily(f"no known Segment Anything model: its keys begin with {keys} …; {_known()}")
-    config = sam_vit.config_from(tensors)
-    check_layout(tensors, config)
-    found = [v.id for v in VARIANTS if all(getattr(config, name) == value for name, value in v.marks)]
-    candidates = tuple(found) or ("sam_vit",)
-    if variant is not None and variant not in candidates:
+    config = family.read(tensors)
+    check_layout(tensors, family, config)
+    found = tuple(
+        v.id for v in VARIANTS
+        if v.family == family.id and all(getattr(config, mark) == value for mark, value in v.marks)
+    )  # fmt: skip
+    candidates = found or (family.id,)
+    # Whoever asks for the family as such gets it, of whatever size.
+    if variant is not None and variant not in (*candidates, family.id):
         raise VariantMismatch(f"the checkpoint is {' or '.join(candidates)} by its shapes, not {variant}")
-    return Detected("sam_vit", variant or candidates[0], candidates, config)
+    if variant is not None:
+        return Detected(family.id, variant, candidates, "caller", config)
+    decided: DecidedBy = "shapes" if len(candidates) == 1 else "order"
+    return Detected(family.id, candidates[0], candidates, decided, config).told(name=name)
 
 
-def check_layout(tensors: Mapping[str, Tensor], config: sam_vit.SamViTConfig) -> None:
-    """Raise LayoutMismatch unless the keys and shapes are exactly those of the model."""
-    expected = expected_layout(config)
+def check_layout(tensors: Mapping[str, Tensor], family: Family, config: Config) -> None:
+    """Raise LayoutMismatch unless the keys and shapes are exactly those of the model, or are carried by it."""
+    expected = family.layout(config)
     problems = []
     if missing := [key for key in expected if key not in tensors]:
         problems.append(f"missing: {_some(missing)}")
-    if unexpected := [key for key in tensors if key not in expected]:
+    if unexpected := [key for key in tensors if key not in expected and not family.carries(key)]:
         problems.append(f"unexpected: {_some(unexpected)}")
     wrong = [f"{key} is {tuple(tensors[key].shape)}, should be {tuple(shape)}"
              for key, shape in expected.items() if key in tensors and tensors[key].shape != shape]  # fmt: skip
     if wrong:
         problems.append(f"of another shape: {_some(wrong)}")
     if problems:
-        raise LayoutMismatch("the state dict does not fit its family (SAM ViT); " + "; ".join(problems))
-
-
-def expected_layout(config: sam_vit.SamViTConfig) -> dict[str, torch.Size]:
-    """Key to shape of every tensor of the model."""
-    with torch.device("meta"):
-        return {key: value.shape for key, value in sam_vit.SamViT(config).state_dict().items()}
-
-
-def linear_weights(model: nn.Module) -> frozenset[str]:
-    """Names of the weights of linear layers."""
-    return frozenset(f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear))
+        title = registry.family_row(family.id).title
+        raise LayoutMismatch(f"the state dict does not fit its family ({title}); " + "; ".join(problems))
 
 
 def _known() -> str:
-    titles = [v.title for v in VARIANTS] + list(OTHER_SIZES.values())
+    titles = [v.title for v in VARIANTS] + [row.other_sizes for row in registry.FAMILIES]
     return f"known are {', '.join(titles)}"
 
 

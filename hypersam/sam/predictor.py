@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hypersam.errors import PromptError
-from hypersam.sam.model import MASK_THRESHOLD, Embedding, SamModel
+from hypersam.sam.model import Embedding, SamModel
 
 
 class SamPredictor:
@@ -19,7 +19,7 @@ class SamPredictor:
     >>> masks, scores, logits = predictor.predict(point_coords=np.array([[500, 375]]), point_labels=np.array([1]))
     """
 
-    mask_threshold = MASK_THRESHOLD
+    mask_threshold = 0.0
 
     def __init__(self, model: SamModel) -> None:
         self.model = model
@@ -59,10 +59,10 @@ class SamPredictor:
         self._embedding = self.model.embed(image if image_format == "RGB" else image[..., ::-1])
 
     def set_torch_image(self, transformed_image: Tensor, original_image_size: tuple[int, ...]) -> None:
-        """Embed (1, 3, h, w) pixels from 0 to 255 whose long side already is the model's input size."""
-        shape = tuple(transformed_image.shape)
-        if len(shape) != 4 or shape[:2] != (1, 3) or max(shape[2:]) != self.model.image_size:
-            raise ValueError(f"pixels must be (1, 3, h, w) with a long side of {self.model.image_size}, got {shape}")
+        """Embed (1, 3, h, w) pixels that are already as the model's rules resize them: 0 to 255 for most families."""
+        shape, side = tuple(transformed_image.shape), self.model.image_size
+        if len(shape) != 4 or shape[:2] != (1, 3) or max(shape[2:]) != side:
+            raise ValueError(f"pixels must be (1, 3, h, w) with a long side of {side}, got {shape}")
         height, width = original_image_size
         self._embedding = self.model.embed_resized(transformed_image, (height, width))
 
@@ -123,7 +123,7 @@ class SamPredictor:
             points = (point_coords, point_labels)
         low_res, iou = self.model.decode(self.embedding, points, boxes, mask_input, multimask=multimask_output)
         masks = self.model.upscale(low_res, self.embedding)
-        return (masks if return_logits else masks > MASK_THRESHOLD), iou, low_res
+        return (masks if return_logits else self.model.binary(masks)), iou, low_res
 
     def _scaled(self, coordinates: NDArray[np.float64]) -> Tensor:
         scaled = self.model.scale_coordinates(torch.from_numpy(coordinates), self.embedding)

@@ -1,4 +1,4 @@
-"""One row a variant, as data. No torch here: the API's process reads this without paying for it."""
+"""One row a variant, one row a family, as data. No torch here: the API's process reads this without paying for it."""
 
 from __future__ import annotations
 
@@ -6,19 +6,43 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Variant:
-    """A published model size.
+class FamilyRow:
+    """What is said of a family: its title, that of sizes nobody published, and what it cannot be asked.
 
-    ``marks`` are the configuration values by which its checkpoint is told from its family's others.
+    ``mask_input``: whether it takes logits of an earlier answer; ``background``: points with label 0;
+    ``most_points``: of one prompt, a box counted as two, None for any number.
+    """
+
+    id: str
+    title: str
+    other_sizes: str
+    mask_input: bool = True
+    background: bool = True
+    most_points: int | None = None
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A published model.
+
+    ``file``: its official name; ``names``: parts of a file's name, in lower case without punctuation, that tell it
+    from variants of the same shapes; ``marks``: values of the configuration by which its checkpoint is told from its
+    family's others.
     """
 
     id: str
     family: str
     title: str
     file: str
-    marks: tuple[tuple[str, int], ...]
+    marks: tuple[tuple[str, int | tuple[int, ...]], ...]
     sha256: str | None = None
+    names: tuple[str, ...] = ()
 
+
+FAMILIES: tuple[FamilyRow, ...] = (
+    FamilyRow("sam_vit", "SAM ViT", "SAM with a ViT encoder of any other size"),
+)  # fmt: skip
+"""The id of a family is also the variant of a size that nobody published."""
 
 VARIANTS: tuple[Variant, ...] = (
     Variant(
@@ -37,9 +61,7 @@ VARIANTS: tuple[Variant, ...] = (
         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
     ),
 )  # fmt: skip
-
-OTHER_SIZES = {"sam_vit": "SAM with a ViT encoder of any other size"}
-"""Variant ids for sizes that nobody published, by family."""
+"""Of variants that nothing but a name or a hash tells apart, the first is taken where neither is known."""
 
 NOT_YET = (
     ("image_encoder.trunk.pos_embed_window", "SAM 2"),
@@ -53,4 +75,9 @@ NOT_YET = (
 
 def known_variants() -> tuple[str, ...]:
     """Every variant id that may be named."""
-    return tuple(v.id for v in VARIANTS) + tuple(OTHER_SIZES)
+    return tuple(v.id for v in VARIANTS) + tuple(f.id for f in FAMILIES)
+
+
+def family_row(family: str) -> FamilyRow:
+    """A family's row. Raises KeyError."""
+    return {row.id: row for row in FAMILIES}[family]

@@ -11,7 +11,7 @@ from hypersam.fidelity import YARDSTICKS, Yardstick, compare, rounded, rtn
 from hypersam.sam.detect import detect
 from hypersam.sam.families.sam_vit import SamViT
 from hypersam.sam.model import SamModel
-from hypersam.sam.reduce import sharing
+from hypersam.sam.network import sharing
 from tests.models import TINY, official_sam
 
 
@@ -19,7 +19,7 @@ from tests.models import TINY, official_sam
 def network() -> SamViT:
     tensors = official_sam(TINY).state_dict()
     tensors = {k: v for k, v in tensors.items() if k not in ("pixel_mean", "pixel_std")}
-    return sharing(detect(tensors).config, tensors)
+    return sharing(SamViT, detect(tensors).config, tensors)
 
 
 def noisy(network: SamViT, relative: float) -> dict[str, torch.Tensor]:
@@ -59,7 +59,7 @@ def test_models_are_let_go_one_by_one(network):
     def make() -> SamModel:
         gc.collect()
         assert not any(ref() for ref in alive)
-        other = sharing(network.config, noisy(network, 0.1))
+        other = sharing(SamViT, network.config, noisy(network, 0.1))
         alive.append(weakref.ref(other))
         return SamModel(other, variant="sam_vit", device=torch.device("cpu"), dtype=torch.float32)
 
@@ -108,5 +108,5 @@ def test_yardsticks_round_layers_halve_the_rest_and_count_their_bits(network):
     plain = count["layers"] + 2 * count["rest"] + 4 * count["buffers"]
     assert plain < nbytes < 1.1 * plain
     assert rounded(network, Yardstick(4, 128))[1] < nbytes
-    huge = sharing(network.config, own | {"image_encoder.pos_embed": 1e6 * own["image_encoder.pos_embed"]})
+    huge = sharing(SamViT, network.config, own | {"image_encoder.pos_embed": 1e6 * own["image_encoder.pos_embed"]})
     assert rounded(huge, YARDSTICKS["int8"])[1] == nbytes + 2 * huge.image_encoder.pos_embed.numel()

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from hypersam.sam.detect import detect
-from hypersam.sam.families.sam_vit import SamViT
+from hypersam.sam.families.sam_vit import FAMILY, SamViT
 from hypersam.sam.model import SamModel
-from hypersam.sam.reduce import affordable_side, reduced, sharing
+from hypersam.sam.network import sharing
 from hypersam.sensitivity import Weights, measure, measure_by_perturbation
 from tests.models import TINY, official_sam
 
@@ -20,7 +20,7 @@ ALL = Weights(masks=1, iou=1, embedding=1)
 def network() -> SamViT:
     tensors = official_sam(TINY).state_dict()
     tensors = {k: v for k, v in tensors.items() if k not in ("pixel_mean", "pixel_std")}
-    return sharing(detect(tensors).config, tensors)
+    return sharing(SamViT, detect(tensors).config, tensors)
 
 
 def logs(found: dict[str, float], names: list[str]) -> np.ndarray:
@@ -84,22 +84,22 @@ def test_a_reduced_network_ranks_the_tensors_alike(network):
 
 def test_recomputing_activations_changes_nothing(network, monkeypatch):
     kept = measure(network, pictures=1)
-    monkeypatch.setattr("hypersam.sensitivity._KEPT_ACTIVATIONS", 0)
+    monkeypatch.setattr("hypersam.sensitivity._KEPT_SIDE", 0)
     again = measure(network, pictures=1)
     for name, value in kept.items():
         assert again[name] == pytest.approx(value, rel=1e-3, abs=1e-9)
 
 
 def test_compressed_layers_are_refused(network):
-    other = reduced(network, 64)
-    changed = sharing(other.config, other.state_dict())
+    other = network.reduced(64)
+    changed = sharing(SamViT, other.config, other.state_dict())
     changed.image_encoder.neck = torch.nn.Identity()
     with pytest.raises(ValueError, match="dense"):
         measure(changed)
 
 
 def test_a_reduced_network_shares_its_layers(network):
-    small = reduced(network, 32)
+    small = network.reduced(32)
     assert small.config.image_size == 32
     assert small.image_encoder.blocks[0].mlp is network.image_encoder.blocks[0].mlp
     assert small.image_encoder.pos_embed.untyped_storage().data_ptr() == (
@@ -112,14 +112,14 @@ def test_a_reduced_network_shares_its_layers(network):
     assert embedding.features.shape[-2:] == (4, 4)
     masks, _ = model.decode(embedding, None, torch.tensor([[1.0, 2.0, 10.0, 12.0]]), None, multimask=True)
     assert masks.shape == (1, 3, 16, 16)
-    assert reduced(network, 64) is network
+    assert network.reduced(64) is network
     for side in (0, 30, 128):
         with pytest.raises(ValueError, match="multiple of 8"):
-            reduced(network, side)
+            network.reduced(side)
 
 
 def test_the_affordable_side_is_a_window_of_the_published_sizes(network):
     from benchmarks.random_sam import config
 
-    assert [affordable_side(config(f"sam_vit_{size}")) for size in "blh"] == [224, 224, 224]
-    assert affordable_side(network.config) == 64
+    assert [FAMILY.on_meta(config(f"sam_vit_{size}")).affordable_side() for size in "blh"] == [224, 224, 224]
+    assert network.affordable_side() == 64

@@ -1,28 +1,37 @@
 """SAM with a ViT image encoder (Kirillov et al. 2023), of the published sizes or any other.
 
-The prompt encoder and the mask decoder are segment-anything's own classes. The image encoder is written
-here with the same keys: the official one materialises every attention matrix (0.8 GB a global block for
-ViT-B) where ours hands scaled_dot_product_attention a bias for a bounded number of queries at a time.
+The image encoder is written here with the official keys: the official one materialises every attention matrix
+(0.8 GB a global block for ViT-B) where ours hands scaled_dot_product_attention a bias for a bounded number of
+queries at a time.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from segment_anything.modeling.common import LayerNorm2d, MLPBlock
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from hypersam.errors import LayoutMismatch
+from hypersam.sam.families.decoder import (
+    DecoderConfig,
+    SamDecoding,
+    mask_decoder,
+    prompt_encoder,
+    read_decoder,
+    resized_prompts,
+)
+from hypersam.sam.families.shapes import Shapes, checked
+from hypersam.sam.family import Family
+from hypersam.sam.network import LARGEST_SIDE, Features, cut, shell
 
 MARK = "image_encoder.patch_embed.proj.weight"
-DECODER_HEADS = 8
-"""The heads of the mask decoder's attention are in no checkpoint; every published SAM has eight."""
 _BIAS_BYTES = 32 << 20
 """Largest relative-position bias that attention materialises at once."""
 
@@ -34,22 +43,20 @@ class SamViTConfig:
     image_size: int
     patch: int
     embed_dim: int
-    depth: int
     heads: int
     mlp_dim: int
     windows: tuple[int, ...]
-    prompt_dim: int
-    mask_in_chans: int
-    multimask_outputs: int
-    decoder_depth: int
-    decoder_mlp_dim: int
-    iou_depth: int
-    iou_hidden: int
+    decoder: DecoderConfig
 
     @property
     def grid(self) -> int:
         """Side of the patch grid and of the embedding."""
         return self.image_size // self.patch
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return len(self.windows)
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON; ``from_dict`` reads it."""
@@ -58,91 +65,85 @@ class SamViTConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SamViTConfig:
         """The inverse of ``as_dict``. Raises ValueError where a field is missing, unknown or no positive number."""
-        names = {f.name for f in fields(cls)}
-        if set(values) != names:
-            raise ValueError(f"a SAM ViT configuration has the fields {sorted(names)}, got {sorted(values)}")
-        windows = values["windows"]
-        numbers = [values[n] for n in names - {"windows"}]
-        if not all(isinstance(n, int) and n > 0 for n in numbers) or len(windows) != values["depth"]:
-            raise ValueError("a SAM ViT configuration holds positive integers and one window a block")
-        return cls(**{**values, "windows": tuple(int(w) for w in windows)})
+        found = checked(cls, values, lists=("windows",))
+        return cls(**found | {"decoder": DecoderConfig(**checked(DecoderConfig, found["decoder"]))})
 
 
-def config_from(tensors: Mapping[str, Tensor]) -> SamViTConfig:
-    """Read the sizes off the shapes of a state dict. Raises LayoutMismatch naming what does not fit."""
-
-    def shape(key: str, dims: int) -> tuple[int, ...]:
-        if key not in tensors:
-            raise LayoutMismatch(f"a SAM ViT checkpoint needs {key!r}, which is missing")
-        if tensors[key].ndim != dims or 0 in tensors[key].shape:
-            raise LayoutMismatch(f"{key!r} has shape {tuple(tensors[key].shape)}; {dims} dimensions were expected")
-        return tuple(tensors[key].shape)
-
-    def count(pattern: str) -> int:
-        n = 0
-        while pattern.format(n) in tensors:
-            n += 1
-        return n
-
-    embed_dim, _, patch, _ = shape(MARK, 4)
-    _, grid, _, _ = shape("image_encoder.pos_embed", 4)
-    depth = count("image_encoder.blocks.{}.attn.qkv.weight")
-    if not depth:
-        raise LayoutMismatch("a SAM ViT checkpoint needs 'image_encoder.blocks.0.attn.qkv.weight', which is missing")
+def read_vit(shapes: Shapes, decoder: DecoderConfig) -> SamViTConfig:
+    """Read the image encoder's sizes off the shapes. Raises LayoutMismatch naming what does not fit."""
+    embed_dim, _, patch, _ = shapes.of(MARK, 4)
+    _, grid, _, _ = shapes.of("image_encoder.pos_embed", 4)
+    depth = shapes.count("image_encoder.blocks.{}.attn.qkv.weight")
+    head_dim = shapes.of("image_encoder.blocks.0.attn.rel_pos_h", 2)[1]
     windows = []
-    head_dim = shape("image_encoder.blocks.0.attn.rel_pos_h", 2)[1]
     for i in range(depth):
-        side = (shape(f"image_encoder.blocks.{i}.attn.rel_pos_h", 2)[0] + 1) // 2
+        side = (shapes.of(f"image_encoder.blocks.{i}.attn.rel_pos_h", 2)[0] + 1) // 2
         windows.append(0 if side == grid else side)
     if embed_dim % head_dim:
         raise LayoutMismatch(f"heads of {head_dim} do not divide a width of {embed_dim}")
-    prompt_dim = shape("image_encoder.neck.0.weight", 4)[0]
-    if prompt_dim % DECODER_HEADS:
-        raise LayoutMismatch(f"an embedding of {prompt_dim} channels is no multiple of {DECODER_HEADS} heads")
     return SamViTConfig(
         image_size=grid * patch,
         patch=patch,
         embed_dim=embed_dim,
-        depth=depth,
         heads=embed_dim // head_dim,
-        mlp_dim=shape("image_encoder.blocks.0.mlp.lin1.weight", 2)[0],
+        mlp_dim=shapes.of("image_encoder.blocks.0.mlp.lin1.weight", 2)[0],
         windows=tuple(windows),
-        prompt_dim=prompt_dim,
-        mask_in_chans=shape("prompt_encoder.mask_downscaling.3.weight", 4)[0],
-        multimask_outputs=shape("mask_decoder.mask_tokens.weight", 2)[0] - 1,
-        decoder_depth=count("mask_decoder.transformer.layers.{}.norm1.weight"),
-        decoder_mlp_dim=shape("mask_decoder.transformer.layers.0.mlp.lin1.weight", 2)[0],
-        iou_depth=count("mask_decoder.iou_prediction_head.layers.{}.weight"),
-        iou_hidden=shape("mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
+        decoder=decoder,
     )
 
 
-class SamViT(nn.Module):
-    """The whole network; every key as in the official checkpoints. Builds on the meta device."""
+def _read(tensors: Mapping[str, Tensor]) -> SamViTConfig:
+    shapes = Shapes(tensors, "SAM ViT")
+    shapes.of("image_encoder.blocks.0.attn.qkv.weight", 2)
+    return read_vit(shapes, read_decoder(shapes))
+
+
+class SamViT(SamDecoding):
+    """The whole network; every key as in the official checkpoints."""
+
+    family = "sam_vit"
+    config: SamViTConfig
+    image_encoder: ImageEncoder
 
     def __init__(self, config: SamViTConfig) -> None:
         super().__init__()
         self.config = config
-        grid = config.grid
         self.image_encoder = ImageEncoder(config)
-        self.prompt_encoder = PromptEncoder(
-            embed_dim=config.prompt_dim,
-            image_embedding_size=(grid, grid),
-            input_image_size=(config.image_size, config.image_size),
-            mask_in_chans=config.mask_in_chans,
-        )
-        self.mask_decoder = MaskDecoder(
-            num_multimask_outputs=config.multimask_outputs,
-            transformer=TwoWayTransformer(
-                depth=config.decoder_depth,
-                embedding_dim=config.prompt_dim,
-                mlp_dim=config.decoder_mlp_dim,
-                num_heads=DECODER_HEADS,
-            ),
-            transformer_dim=config.prompt_dim,
-            iou_head_depth=config.iou_depth,
-            iou_head_hidden_dim=config.iou_hidden,
-        )
+        self.prompt_encoder = prompt_encoder(config.decoder, grid=config.grid, image_size=config.image_size)
+        self.mask_decoder = mask_decoder(config.decoder)
+
+    @property
+    def grid(self) -> int:
+        """Side of the embedding."""
+        return self.config.grid
+
+    def encode(self, pixels: Tensor, *, recompute: bool = False) -> Features:
+        """The embedding alone."""
+        return (self.image_encoder(pixels, recompute=recompute),)
+
+    def affordable_side(self) -> int:
+        """The model's own up to 256 pixels, else one whole attention window, so that no token is padding
+        (14 patches of 16 pixels, 224, for the published sizes)."""
+        config = self.config
+        if config.image_size <= LARGEST_SIDE:
+            return config.image_size
+        window = max(config.windows)
+        patches = window if window and window * config.patch <= LARGEST_SIDE else LARGEST_SIDE // config.patch
+        return min(config.image_size, max(1, patches) * config.patch)
+
+    def reduced(self, side: int) -> SamViT:
+        """For ``side`` pixels, a multiple of the patch, at most its own side; tables that shrink are views."""
+        config = self.config
+        if side % config.patch or not config.patch <= side <= config.image_size:
+            raise ValueError(f"the side must be a multiple of {config.patch} up to {config.image_size}, not {side}")
+        if side == config.image_size:
+            return self
+        small = shell(self)
+        small.config = replace(config, image_size=side)
+        small.image_encoder = self.image_encoder.reduced(side // config.patch)
+        small.prompt_encoder = shell(self.prompt_encoder)
+        resized_prompts(self.prompt_encoder, small.prompt_encoder, grid=side // config.patch, side=side)
+        return small
 
 
 class ImageEncoder(nn.Module):
@@ -150,7 +151,7 @@ class ImageEncoder(nn.Module):
 
     def __init__(self, config: SamViTConfig) -> None:
         super().__init__()
-        dim, out = config.embed_dim, config.prompt_dim
+        dim, out = config.embed_dim, config.decoder.dim
         self.patch_embed = _PatchEmbed(config.patch, dim)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.grid, config.grid, dim))
         self.blocks = nn.ModuleList(
@@ -163,13 +164,33 @@ class ImageEncoder(nn.Module):
             LayerNorm2d(out),
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Embed a batch of padded pictures."""
+    def forward(self, x: Tensor, *, recompute: bool = False) -> Tensor:
+        """Embed a batch of padded pictures. ``recompute``: see ``SamNetwork.encode``."""
         x = self.patch_embed(x) + self.pos_embed
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
         neck: Tensor = self.neck(x.permute(0, 3, 1, 2))
         return neck
+
+    def reduced(self, grid: int) -> ImageEncoder:
+        """The same for fewer patches a side. Tables of positions and the relative positions of global blocks are
+        cut, not interpolated, so that a token sees its neighbours at the distances it was trained with."""
+        made = shell(self)
+        first = (self.pos_embed.shape[1] - grid) // 2
+        made.pos_embed = cut(self.pos_embed, (slice(None), *[slice(first, first + grid)] * 2))
+        blocks = []
+        for original in self.blocks:
+            block: Any = shell(original)
+            if not block.window:
+                attention: Any = shell(block.attn)
+                near = slice(attention.side - grid, attention.side + grid - 1)
+                attention.rel_pos_h = cut(attention.rel_pos_h, (near,))
+                attention.rel_pos_w = cut(attention.rel_pos_w, (near,))
+                attention.side = grid
+                block.attn = attention
+            blocks.append(block)
+        made.blocks = nn.ModuleList(blocks)
+        return made
 
 
 class _PatchEmbed(nn.Module):
@@ -252,3 +273,12 @@ class _Attention(nn.Module):
         """Rows of queries whose bias stays within the bound. Windows are many and small: all at once."""
         row_bytes = batch * self.heads * self.side**3 * element_size
         return self.side if self.side <= 16 else max(1, min(self.side, math.floor(_BIAS_BYTES / row_bytes)))
+
+
+FAMILY = Family(
+    id="sam_vit",
+    recognises=lambda tensors: MARK in tensors,
+    read=_read,
+    config=SamViTConfig,
+    network=SamViT,
+)

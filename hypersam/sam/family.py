@@ -1,0 +1,47 @@
+"""A family of models: how it is recognised and what its network is made of. One module in ``families`` has one each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hypersam.sam.network import Config, SamNetwork
+
+
+def _nothing(_: str) -> bool:
+    return False
+
+
+@dataclass(frozen=True)
+class Family:
+    """``id`` names its row in ``registry.FAMILIES``, which has its title and what it can do.
+
+    ``recognises`` looks at keys alone; ``read`` takes the sizes off the shapes of a state dict and raises
+    LayoutMismatch naming what does not fit. ``carries`` tells the keys of an official checkpoint that pictures do not
+    need (a classifier, a video's memory): they are compressed and given back, but are in no network.
+    """
+
+    id: str
+    recognises: Callable[[Mapping[str, Tensor]], bool]
+    read: Callable[[Mapping[str, Tensor]], Config]
+    config: type[Config]
+    network: Callable[[Any], SamNetwork]
+    carries: Callable[[str], bool] = _nothing
+
+    def on_meta(self, config: Config) -> SamNetwork:
+        """The network without storage."""
+        with torch.device("meta"):
+            return self.network(config)
+
+    def layout(self, config: Config) -> dict[str, torch.Size]:
+        """Key to shape of every tensor that the network has."""
+        return {key: value.shape for key, value in self.on_meta(config).state_dict().items()}
+
+
+def linear_weights(model: nn.Module) -> frozenset[str]:
+    """Names of the weights of linear layers."""
+    return frozenset(f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear))
