@@ -166,7 +166,7 @@ def _measurable(model: SamModel | SamNetwork, side: int | None) -> tuple[SamNetw
     network = model.network if isinstance(model, SamModel) else model
     state = network.state_dict()
     with torch.device("meta"):
-        whole = type(network)(network.config)  # type: ignore[call-arg]
+        whole = type(network)(network.config)
     if set(state) != set(whole.state_dict()):
         raise ValueError("sensitivities are measured on dense networks, this one has compressed layers")
     dense = sharing(type(network), network.config, state)
