@@ -21,6 +21,7 @@ from hypersam.codecs import CODEC_VERSION, DEFAULT_CODEC
 from hypersam.encoding import EncodedTensor, decibels, encode_all, encode_birkhoff, sqnr_db
 from hypersam.errors import InvalidOption, TargetUnreachable, artifact_errors
 from hypersam.loading import compressed_model, dense_model, is_artifact, resolve_device
+from hypersam.mapped import MappedFile
 from hypersam.options import Goal, check_options, goal_of
 from hypersam.planning import Roles, every_choice, measured_curves, predicted_prefix, roles_of
 from hypersam.reports import (
@@ -224,7 +225,14 @@ def _open(
     sha256 = sha256_of(source, lambda n: tell(Progress("reading", n, size)))
     detected = detected.told(sha256=sha256, name=source.name)
     goal, roles = goal_of(codec, options), roles_of(detected)
-    job = _Job(source, checkpoint, detected, sha256, goal, place, options, roles, tell)
+    pages = MappedFile(source)
+
+    def told(step: Progress) -> None:
+        tell(step)
+        # So that memory follows what is being worked on, and not what has been looked at.
+        pages.release()
+
+    job = _Job(source, checkpoint, detected, sha256, goal, place, options, roles, told)
     job.seconds["reading"] = time.perf_counter() - began
     return job
 
