@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -117,24 +119,29 @@ def compressed_model(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> SamModel:
-    """A model with compressed layers. ``encoded`` gives a tensor by its name, each is asked for once.
+    """A model with compressed layers.
 
+    ``encoded`` gives a tensor by its name. Each is asked for once, by several threads.
     Built on the meta device and filled: the weight of a linear layer goes from its stream straight to its resident
     form. Raises ArtifactError, naming the tensor, for one that does not fit.
     """
     network = family.on_meta(config)
     linears = {f"{name}.weight": name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
-    state: dict[str, Tensor] = {}
-    layers: dict[str, HyperLinear] = {}
-    for key in network.state_dict():
+
+    def one(key: str) -> HyperLinear | Tensor:
         given = encoded(key)
         try:
             if key in linears and isinstance(given, RESIDENT):
-                layers[key] = HyperLinear.from_encoded(given, None)
-            else:
-                state[key] = _computed(decode(given))
+                return HyperLinear.from_encoded(given, None)
+            return _computed(decode(given))
         except (ValueError, KernelArtifactCorrupt) as error:
             raise ArtifactError(f"{key}: {error}") from error
+
+    names = list(network.state_dict())
+    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="load") as pool:
+        filled = dict(zip(names, pool.map(one, names), strict=True))
+    state = {key: made for key, made in filled.items() if isinstance(made, Tensor)}
+    layers = {key: made for key, made in filled.items() if isinstance(made, HyperLinear)}
     for key, layer in layers.items():
         name = linears[key]
         layer.bias = state.pop(f"{name}.bias", None)
