@@ -7,55 +7,82 @@ activations in their usual range. Good for sizes, speed and correctness; they sa
 
 from __future__ import annotations
 
+import gzip
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
-from hypersam.sam.families.decoder import DecoderConfig
-from hypersam.sam.families.sam_vit import SamViT, SamViTConfig
-
-_GLOBAL = {"sam_vit_b": (2, 5, 8, 11), "sam_vit_l": (5, 11, 17, 23), "sam_vit_h": (7, 15, 23, 31)}
-_SIZES = {"sam_vit_b": (768, 12, 12), "sam_vit_l": (1024, 24, 16), "sam_vit_h": (1280, 32, 16)}
-
-
-def config(variant: str) -> SamViTConfig:
-    """The configuration of a published size."""
-    dim, depth, heads = _SIZES[variant]
-    windows = tuple(0 if i in _GLOBAL[variant] else 14 for i in range(depth))
-    return SamViTConfig(
-        image_size=1024, patch=16, embed_dim=dim, heads=heads, mlp_dim=4 * dim, windows=windows,
-        decoder=DecoderConfig(
-            dim=256, mask_in_chans=16, multimask_outputs=3, depth=2, mlp_dim=2048, iou_depth=3, iou_hidden=256
-        ),
-    )  # fmt: skip
+_LAYOUTS = Path(__file__).parent / "layouts"
+_LAYOUT_OF = {
+    "sam_vit_b": "sam_b", "sam_vit_l": "sam_l", "sam_vit_h": "sam_h", "mobile_sam_v2": "sam_h",
+    "sam_hq_vit_tiny": "hq_tiny", "sam_hq_vit_b": "hq_b", "sam_hq_vit_l": "hq_l", "sam_hq_vit_h": "hq_h",
+    "sam2_hiera_tiny": "sam2_t", "sam2_hiera_small": "sam2_s",
+    "sam2_hiera_base_plus": "sam2_bp", "sam2_hiera_large": "sam2_l",
+    "sam2.1_hiera_tiny": "sam21_t", "sam2.1_hiera_small": "sam21_s",
+    "sam2.1_hiera_base_plus": "sam21_bp", "sam2.1_hiera_large": "sam21_l",
+    "mobile_sam": "mobile_and_tinysam", "tiny_sam": "mobile_and_tinysam",
+    "edge_sam": "edge", "edge_sam_3x": "edge", "efficient_sam_ti": "eff_ti", "efficient_sam_s": "eff_s",
+}  # fmt: skip
+_TABLES = ("rel_pos_h", "rel_pos_w", "pos_embed", "pos_embed_window", "attention_biases")
+_DRAWN_ONCE = "positional_encoding_gaussian_matrix"
 
 
-def state_dict(variant: str, *, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random fp32 tensors under the official keys."""
-    draw = torch.Generator().manual_seed(seed)
+def layout(name: str) -> dict[str, Tensor]:
+    """Tensors without storage under the keys of an official checkpoint, by the name of its file in ``layouts``."""
+    rows = json.loads(gzip.decompress((_LAYOUTS / f"{name}.json.gz").read_bytes()))
+    return {k: torch.empty(shape, dtype=getattr(torch, dtype), device="meta") for k, (dtype, *shape) in rows.items()}
+
+
+def state_dict(variant: str, *, seed: int = 0) -> dict[str, Tensor]:
+    """Random tensors under the official keys of a published variant, in its dtypes and shapes."""
+    return _filled(layout(_LAYOUT_OF[variant]), seed)
+
+
+def spread(network: Callable[[Any], nn.Module], sizes: Any, *, seed: int) -> dict[str, Tensor]:
+    """Random tensors for a network of that configuration."""
     with torch.device("meta"):
-        network = SamViT(config(variant))
-    buffers = {name for name, _ in network.named_buffers()}
-    state = {}
-    for key, meta in network.state_dict().items():
-        if key in buffers:
-            state[key] = torch.randn(meta.shape, generator=draw)
-        elif meta.ndim >= 2 and not key.endswith(("rel_pos_h", "rel_pos_w", "pos_embed")):
-            rows = meta.shape[0]
-            fan_in = math.prod(meta.shape[1:])
-            # t with five degrees of freedom, as a Gaussian over the root of a mean of five squared ones.
-            weight = torch.randn(rows, fan_in, generator=draw)
-            chi = torch.zeros(rows, fan_in)
-            for _ in range(5):
-                chi += torch.randn(rows, fan_in, generator=draw).square_()
-            weight /= (chi / 5).sqrt_()
-            scale = torch.exp(0.3 * torch.randn(rows, 1, generator=draw)) * 0.7 / math.sqrt(max(fan_in, 2))
-            state[key] = (weight * scale * math.sqrt(3 / 5)).reshape(meta.shape)
-        else:
-            base = 1.0 if key.endswith("weight") and meta.ndim == 1 else 0.0
-            state[key] = base + 0.05 * torch.randn(meta.shape, generator=draw)
-    return state
+        made = network(sizes)
+    return spread_like(made, seed=seed)
+
+
+def spread_like(network: nn.Module, *, seed: int) -> dict[str, Tensor]:
+    """Random tensors under a network's keys, in its dtypes and shapes."""
+    return _filled(network.state_dict(), seed)
+
+
+def _filled(state: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(seed)
+    return {key: _drawn(key, like, draw).to(like.dtype) for key, like in state.items()}
+
+
+def _drawn(key: str, like: Tensor, draw: torch.Generator) -> Tensor:
+    shape = like.shape
+    if not like.is_floating_point():  # how many batches a batch normalisation has seen
+        return torch.full(shape, 100_000, dtype=like.dtype)
+    if key.endswith("running_var"):
+        return torch.exp(0.3 * torch.randn(shape, generator=draw))
+    if key.endswith("running_mean"):
+        return 0.1 * torch.randn(shape, generator=draw)
+    if key.endswith(_DRAWN_ONCE):
+        return torch.randn(shape, generator=draw)
+    if len(shape) >= 2 and not key.endswith(_TABLES):
+        rows = shape[0]
+        fan_in = math.prod(shape[1:])
+        # t with five degrees of freedom, as a Gaussian over the root of a mean of five squared ones.
+        weight = torch.randn(rows, fan_in, generator=draw)
+        chi = torch.zeros(rows, fan_in)
+        for _ in range(5):
+            chi += torch.randn(rows, fan_in, generator=draw).square_()
+        weight /= (chi / 5).sqrt_()
+        scale = torch.exp(0.3 * torch.randn(rows, 1, generator=draw)) * 0.7 / math.sqrt(max(fan_in, 2))
+        return (weight * scale * math.sqrt(3 / 5)).reshape(shape)
+    base = 1.0 if key.endswith("weight") and len(shape) == 1 else 0.0
+    return base + 0.05 * torch.randn(shape, generator=draw)
 
 
 def write(variant: str, path: Path, *, seed: int = 0) -> Path:

@@ -101,7 +101,7 @@ def check_layout(tensors: Mapping[str, Tensor], family: Family, config: Config) 
 
 
 def _known() -> str:
-    titles = [v.title for v in VARIANTS] + [row.other_sizes for row in registry.FAMILIES]
+    titles = [v.title for v in VARIANTS] + [row.other_sizes for row in registry.FAMILIES if row.other_sizes]
     return f"known are {', '.join(titles)}"
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hypersam.errors import PromptError
 from hypersam.sam.network import Features, Prompts, SamNetwork
-from hypersam.sam.registry import family_row
+from hypersam.sam.registry import VARIANTS, family_row
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ class SamModel:
         self.network = network.eval().requires_grad_(False)
         self.variant, self.device, self.dtype = variant, device, dtype
         self.family = family_row(network.family)
+        self._always_multimask = any(row.id == variant and row.always_multimask for row in VARIANTS)
         self.rules = network.rules
         self.image_size = int(network.config.image_size)
 
@@ -102,6 +103,7 @@ class SamModel:
         if row.most_points is not None and count > row.most_points:
             raise PromptError(f"{row.title} takes at most {row.most_points} points (a box counts as two), got {count}")
         prompts = Prompts(points, boxes, mask_input)
+        multimask = multimask or self._always_multimask
         masks, iou = self.network.decode(embedding.parts, prompts, multimask=multimask)
         return masks.float(), iou.float()
 

@@ -27,7 +27,7 @@ class Variant:
 
     ``file``: its official name; ``names``: parts of a file's name, in lower case without punctuation, that tell it
     from variants of the same shapes; ``marks``: values of the configuration by which its checkpoint is told from its
-    family's others.
+    family's others. ``always_multimask``: it has three masks for every prompt, whatever is asked.
     """
 
     id: str
@@ -37,12 +37,22 @@ class Variant:
     marks: tuple[tuple[str, int | tuple[int, ...]], ...]
     sha256: str | None = None
     names: tuple[str, ...] = ()
+    always_multimask: bool = False
 
 
 FAMILIES: tuple[FamilyRow, ...] = (
     FamilyRow("sam_vit", "SAM ViT", "SAM with a ViT encoder of any other size"),
+    FamilyRow("sam_hq_vit", "SAM-HQ", "SAM-HQ with a ViT encoder of any other size"),
+    FamilyRow("sam2_hiera", "SAM 2", ""),
+    FamilyRow("sam_tiny_vit", "MobileSAM or TinySAM", "SAM with a TinyViT encoder of any other size"),
+    FamilyRow("sam_hq_tiny_vit", "SAM-HQ-Tiny", "SAM-HQ with a TinyViT encoder of any other size"),
 )  # fmt: skip
 """The id of a family is also the variant of a size that nobody published."""
+
+_TINY_VIT_5M = (
+    ("image_size", 1024), ("widths", (64, 128, 160, 320)), ("depths", (2, 2, 6, 2)),
+    ("heads", (4, 5, 10)), ("windows", (7, 14, 7)),
+)  # fmt: skip
 
 VARIANTS: tuple[Variant, ...] = (
     Variant(
@@ -59,16 +69,74 @@ VARIANTS: tuple[Variant, ...] = (
         "sam_vit_h", "sam_vit", "SAM ViT-H", "sam_vit_h_4b8939.pth",
         (("image_size", 1024), ("embed_dim", 1280), ("depth", 32), ("heads", 16)),
         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+        names=("samvith",),
     ),
+    Variant(
+        "mobile_sam_v2", "sam_vit", "MobileSAMv2 (ViT-H)", "mobile_sam_v2_vit_h.pth",
+        (("image_size", 1024), ("embed_dim", 1280), ("depth", 32), ("heads", 16)),
+        names=("mobilesamv2", "promptguided"),
+    ),
+    Variant(
+        "sam_hq_vit_b", "sam_hq_vit", "SAM-HQ ViT-B", "sam_hq_vit_b.pth",
+        (("image_size", 1024), ("embed_dim", 768), ("depth", 12), ("heads", 12)),
+    ),
+    Variant(
+        "sam_hq_vit_l", "sam_hq_vit", "SAM-HQ ViT-L", "sam_hq_vit_l.pth",
+        (("image_size", 1024), ("embed_dim", 1024), ("depth", 24), ("heads", 16)),
+    ),
+    Variant(
+        "sam_hq_vit_h", "sam_hq_vit", "SAM-HQ ViT-H", "sam_hq_vit_h.pth",
+        (("image_size", 1024), ("embed_dim", 1280), ("depth", 32), ("heads", 16)),
+    ),
+    Variant(
+        "sam2_hiera_tiny", "sam2_hiera", "SAM 2 Tiny", "sam2_hiera_tiny.pt",
+        (("release", 20), ("embed_dim", 96), ("stages", (1, 2, 7, 2))),
+    ),
+    Variant(
+        "sam2_hiera_small", "sam2_hiera", "SAM 2 Small", "sam2_hiera_small.pt",
+        (("release", 20), ("embed_dim", 96), ("stages", (1, 2, 11, 2))),
+    ),
+    Variant(
+        "sam2_hiera_base_plus", "sam2_hiera", "SAM 2 Base+", "sam2_hiera_base_plus.pt",
+        (("release", 20), ("embed_dim", 112), ("stages", (2, 3, 16, 3))),
+    ),
+    Variant(
+        "sam2_hiera_large", "sam2_hiera", "SAM 2 Large", "sam2_hiera_large.pt",
+        (("release", 20), ("embed_dim", 144), ("stages", (2, 6, 36, 4))),
+    ),
+    Variant(
+        "sam2.1_hiera_tiny", "sam2_hiera", "SAM 2.1 Tiny", "sam2.1_hiera_tiny.pt",
+        (("release", 21), ("embed_dim", 96), ("stages", (1, 2, 7, 2))),
+        "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
+    ),
+    Variant(
+        "sam2.1_hiera_small", "sam2_hiera", "SAM 2.1 Small", "sam2.1_hiera_small.pt",
+        (("release", 21), ("embed_dim", 96), ("stages", (1, 2, 11, 2))),
+    ),
+    Variant(
+        "sam2.1_hiera_base_plus", "sam2_hiera", "SAM 2.1 Base+", "sam2.1_hiera_base_plus.pt",
+        (("release", 21), ("embed_dim", 112), ("stages", (2, 3, 16, 3))),
+    ),
+    Variant(
+        "sam2.1_hiera_large", "sam2_hiera", "SAM 2.1 Large", "sam2.1_hiera_large.pt",
+        (("release", 21), ("embed_dim", 144), ("stages", (2, 6, 36, 4))),
+    ),
+    Variant(
+        "mobile_sam", "sam_tiny_vit", "MobileSAM", "mobile_sam.pt", _TINY_VIT_5M,
+        "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
+        names=("mobilesam",),
+    ),
+    Variant(
+        "tiny_sam", "sam_tiny_vit", "TinySAM", "tinysam_42.3.pth", _TINY_VIT_5M,
+        names=("tinysam",), always_multimask=True,
+    ),
+    Variant("sam_hq_vit_tiny", "sam_hq_tiny_vit", "SAM-HQ-Tiny", "sam_hq_vit_tiny.pth", _TINY_VIT_5M),
 )  # fmt: skip
 """Of variants that nothing but a name or a hash tells apart, the first is taken where neither is known."""
 
 NOT_YET = (
-    ("image_encoder.trunk.pos_embed_window", "SAM 2"),
     ("image_encoder.features.0.0.c.weight", "EdgeSAM"),
-    ("image_encoder.patch_embed.seq.0.c.weight", "MobileSAM, TinySAM or SAM-HQ-Tiny"),
     ("prompt_encoder.bbox_top_left_embeddings.weight", "EfficientSAM"),
-    ("mask_decoder.hf_token.weight", "SAM-HQ"),
 )
 """A key by which a family is recognised that this version cannot compress, and the family's name."""
 

@@ -49,6 +49,10 @@ class Rules(ABC):
     def upscaled(self, low_res: Tensor, original: Size, inner: Size, side: int) -> Tensor:
         """Logits (B, M, s, s) to logits (B, M, H, W) of the picture."""
 
+    def kept(self, low_res: Tensor) -> Tensor:
+        """Low-resolution logits as they are handed out, to be given back as a mask input."""
+        return low_res
+
     def binary(self, logits: Tensor) -> Tensor:
         """Which pixels belong to the mask."""
         return logits > 0
@@ -79,3 +83,30 @@ class LongestSide(Rules):
 
 
 LONGEST_SIDE = LongestSide()
+
+
+class Stretched(Rules):
+    """SAM 2: the picture is stretched to the square input, whatever its sides."""
+
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
+
+    def input_size(self, size: Size, side: int) -> Size:
+        """The whole square."""
+        return side, side
+
+    def resized(self, image: NDArray[np.uint8], side: int) -> Tensor:
+        """Bilinear with antialiasing on values 0 to 1."""
+        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+        return F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=True)
+
+    def upscaled(self, low_res: Tensor, original: Size, inner: Size, side: int) -> Tensor:
+        """Bilinear to the picture's size at once."""
+        return F.interpolate(low_res, original, mode="bilinear", align_corners=False)
+
+    def kept(self, low_res: Tensor) -> Tensor:
+        """Between -32 and 32."""
+        return low_res.clamp(-32.0, 32.0)
+
+
+STRETCHED = Stretched()

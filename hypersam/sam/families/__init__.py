@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from hypersam.sam.families import sam_vit
+from hypersam.sam.families import sam2, sam_hq, sam_vit, tiny_vit
 from hypersam.sam.family import Family
 
-FAMILIES: tuple[Family, ...] = (sam_vit.FAMILY,)
+FAMILIES: tuple[Family, ...] = (
+    sam2.FAMILY,
+    tiny_vit.HQ_FAMILY,
+    tiny_vit.FAMILY,
+    sam_hq.FAMILY,
+    sam_vit.FAMILY,
+)
 """The first that recognises a state dict has it."""
 
 

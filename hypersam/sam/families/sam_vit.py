@@ -166,11 +166,19 @@ class ImageEncoder(nn.Module):
 
     def forward(self, x: Tensor, *, recompute: bool = False) -> Tensor:
         """Embed a batch of padded pictures. ``recompute``: see ``SamNetwork.encode``."""
+        return self.with_early(x, recompute=recompute)[0]
+
+    def with_early(self, x: Tensor, *, recompute: bool = False) -> tuple[Tensor, Tensor]:
+        """The embedding, and what the first global block gives (without one, the last), (B, C, g, g) both."""
         x = self.patch_embed(x) + self.pos_embed
+        early: Tensor | None = None
         for block in self.blocks:
             x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            if early is None and not block.window:
+                early = x
+        early = x if early is None else early
         neck: Tensor = self.neck(x.permute(0, 3, 1, 2))
-        return neck
+        return neck, early.permute(0, 3, 1, 2)
 
     def reduced(self, grid: int) -> ImageEncoder:
         """The same for fewer patches a side. Tables of positions and the relative positions of global blocks are

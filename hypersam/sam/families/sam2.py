@@ -1,0 +1,422 @@
+"""SAM 2 and SAM 2.1 for pictures (Ravi et al. 2024): a Hiera encoder whose finer features go to the mask decoder too.
+
+What a video needs beside that, its memory, is carried through compression and is in no network. The layers are
+written from the papers (Hiera: Ryali et al. 2023; its position tables: Bolya et al. 2023) and the checkpoints' keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from segment_anything.modeling import MaskDecoder, PromptEncoder
+from segment_anything.modeling.mask_decoder import MLP
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hypersam.errors import LayoutMismatch
+from hypersam.sam.families.decoder import DecoderConfig, decoder_arguments, resized_prompts
+from hypersam.sam.families.shapes import Shapes, checked
+from hypersam.sam.family import Family
+from hypersam.sam.network import LARGEST_SIDE, Features, Prompts, SamNetwork, shell
+from hypersam.sam.rules import STRETCHED
+
+_TRUNK = "image_encoder.trunk."
+MARK = _TRUNK + "pos_embed_window"
+_LATER = "no_obj_embed_spatial"
+"""What SAM 2.1 has and SAM 2 has not."""
+_IMAGE_SIZE = 1024
+_STAGES = 4
+_STRIDE = 4
+PATCH = 16
+"""Pixels of the picture a side of an embedding's pixel."""
+_DELTA, _STABLE = 0.05, 0.98
+"""A single mask is given up for the best of three where the IoU of its areas above +0.05 and above -0.05 is lower."""
+_LISTS = ("stages", "global_blocks", "windows")
+# First width and blocks a stage: heads of the first stage, blocks with global attention, window sides a stage.
+_PUBLISHED: dict[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...], tuple[int, ...]]] = {
+    (96, (1, 2, 7, 2)): (1, (5, 7, 9), (8, 4, 14, 7)),
+    (96, (1, 2, 11, 2)): (1, (7, 10, 13), (8, 4, 14, 7)),
+    (112, (2, 3, 16, 3)): (2, (12, 16, 20), (8, 4, 14, 7)),
+    (144, (2, 6, 36, 4)): (2, (23, 33, 43), (8, 4, 16, 8)),
+}
+_VIDEO = (
+    "memory_attention.",
+    "memory_encoder.",
+    "mask_downsample.",
+    "obj_ptr_proj.",
+    "obj_ptr_tpos_proj.",
+    "maskmem_tpos_enc",
+    "no_mem_pos_enc",
+    "no_obj_ptr",
+    _LATER,
+    # Whether there is an object at all, which is asked of videos.
+    "sam_mask_decoder.pred_obj_score_head.",
+)
+
+
+@dataclass(frozen=True)
+class Sam2Config:
+    """Sizes of a SAM 2. ``release``: 20 or 21. ``stages``: blocks of each; widths and heads double from one to the
+    next, from ``embed_dim`` and ``heads``. ``windows``: sides of a stage's attention windows, in its tokens;
+    ``global_blocks`` attend to everything. ``background``: side of the coarse table of positions."""
+
+    release: int
+    image_size: int
+    embed_dim: int
+    heads: int
+    stages: tuple[int, ...]
+    global_blocks: tuple[int, ...]
+    windows: tuple[int, ...]
+    background: int
+    mlp_ratio: int
+    decoder: DecoderConfig
+
+    @property
+    def grid(self) -> int:
+        """Side of the embedding."""
+        return self.image_size // PATCH
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON; ``from_dict`` reads it."""
+        return asdict(self) | {name: list(getattr(self, name)) for name in _LISTS}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Sam2Config:
+        """The inverse of ``as_dict``. Raises ValueError where a field is missing, unknown or no positive number."""
+        found = checked(cls, values, lists=_LISTS)
+        for name in ("stages", "windows"):
+            if len(found[name]) != _STAGES or 0 in found[name]:
+                raise ValueError(f"{name} must be {_STAGES} positive numbers, not {list(found[name])}")
+        if found["embed_dim"] % found["heads"]:
+            raise ValueError(f"{found['heads']} heads do not divide a width of {found['embed_dim']}")
+        if any(side % 2 for side in found["windows"][:-1]):
+            raise ValueError(f"windows are halved from stage to stage; {list(found['windows'])} are not all even")
+        return cls(**found | {"decoder": DecoderConfig(**checked(DecoderConfig, found["decoder"]))})
+
+
+def _read(tensors: Mapping[str, Tensor]) -> Sam2Config:
+    shapes = Shapes(tensors, "SAM 2")
+    embed_dim = shapes.of(_TRUNK + "patch_embed.proj.weight", 4)[0]
+    depth = shapes.count(_TRUNK + "blocks.{}.attn.qkv.weight")
+    # A stage begins where a block has a projection to another width.
+    starts = [0, *(i for i in range(depth) if shapes.has(f"{_TRUNK}blocks.{i}.proj.weight")), depth]
+    stages = tuple(last - first for first, last in zip(starts, starts[1:], strict=False))
+    known = _PUBLISHED.get((embed_dim, stages))
+    if known is None:
+        sizes = "; ".join(f"{width}: {', '.join(map(str, blocks))}" for width, blocks in _PUBLISHED)
+        raise LayoutMismatch(
+            "the heads and windows of a SAM 2 do not show in its shapes, so that only published sizes are read (first "
+            f"width: blocks a stage; {sizes}); this one has {embed_dim}: {', '.join(map(str, stages))}"
+        )
+    heads, global_blocks, windows = known
+    mask_decoder = "sam_mask_decoder."
+    dim = shapes.of("sam_prompt_encoder.no_mask_embed.weight", 2)[1]
+    return Sam2Config(
+        release=21 if shapes.has(_LATER) else 20,
+        image_size=_IMAGE_SIZE,
+        embed_dim=embed_dim,
+        heads=heads,
+        stages=stages,
+        global_blocks=global_blocks,
+        windows=windows,
+        background=shapes.of(_TRUNK + "pos_embed", 4)[2],
+        mlp_ratio=max(1, shapes.of(_TRUNK + "blocks.0.mlp.layers.0.weight", 2)[0] // embed_dim),
+        decoder=DecoderConfig(
+            dim=dim,
+            mask_in_chans=shapes.of("sam_prompt_encoder.mask_downscaling.3.weight", 4)[0],
+            multimask_outputs=shapes.of(mask_decoder + "mask_tokens.weight", 2)[0] - 1,
+            depth=shapes.count(mask_decoder + "transformer.layers.{}.norm1.weight"),
+            mlp_dim=shapes.of(mask_decoder + "transformer.layers.0.mlp.layers.0.weight", 2)[0],
+            iou_depth=shapes.count(mask_decoder + "iou_prediction_head.layers.{}.weight"),
+            iou_hidden=shapes.of(mask_decoder + "iou_prediction_head.layers.0.weight", 2)[0],
+        ),
+    )
+
+
+class Sam2(SamNetwork):
+    """The network for pictures; every key of it as in the official checkpoints. Features are the embedding and the
+    finer ones of a quarter and an eighth of the picture's side, already projected for the mask decoder."""
+
+    family = "sam2_hiera"
+    rules = STRETCHED
+    config: Sam2Config
+    image_encoder: ImageEncoder
+
+    def __init__(self, config: Sam2Config) -> None:
+        super().__init__()
+        self.config = config
+        decoder = config.decoder
+        self.image_encoder = ImageEncoder(config)
+        self.sam_prompt_encoder = Sam2PromptEncoder(
+            embed_dim=decoder.dim,
+            image_embedding_size=(config.grid, config.grid),
+            input_image_size=(config.image_size, config.image_size),
+            mask_in_chans=decoder.mask_in_chans,
+        )
+        self.sam_mask_decoder = Sam2MaskDecoder(decoder)
+        self.no_mem_embed = nn.Parameter(torch.zeros(1, 1, decoder.dim))
+
+    @property
+    def low_res(self) -> int:
+        """Four logits an embedding's pixel, each way."""
+        return 4 * self.config.grid
+
+    def encode(self, pixels: Tensor, *, recompute: bool = False) -> Features:
+        """Embedding (B, C, g, g), (B, C / 8, 4 g, 4 g) and (B, C / 4, 2 g, 2 g)."""
+        finest, finer, embedding = (level.float() for level in self.image_encoder(pixels, recompute=recompute))
+        # What stands for the memory of a video that has none yet.
+        embedding = embedding + self.no_mem_embed.view(1, -1, 1, 1)
+        return embedding, self.sam_mask_decoder.conv_s0(finest), self.sam_mask_decoder.conv_s1(finer)
+
+    def decode(self, features: Features, prompts: Prompts, *, multimask: bool) -> tuple[Tensor, Tensor]:
+        """Three masks with ``multimask``, else the single one where it is stable and the best of the three where it
+        is not, as the original's image predictor does."""
+        masks, iou = self.every_mask(features, prompts)
+        if multimask:
+            return masks[:, 1:], iou[:, 1:]
+        best = 1 + iou[:, 1:].argmax(1, keepdim=True)
+        chosen = torch.where(stability(masks[:, :1]) >= _STABLE, 0, best)
+        return masks.take_along_dim(chosen[..., None, None], 1), iou.take_along_dim(chosen, 1)
+
+    def every_mask(self, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """The single mask, then the three."""
+        embedding, finest, finer = features
+        sparse, dense = self.sam_prompt_encoder(points=prompts.points, boxes=prompts.boxes, masks=prompts.masks)
+        positions = self.sam_prompt_encoder.get_dense_pe()
+        return self.sam_mask_decoder.every_mask(embedding, finest, finer, positions, sparse, dense)
+
+    def affordable_side(self) -> int:
+        """At most 256 pixels."""
+        return min(self.config.image_size, LARGEST_SIDE)
+
+    def reduced(self, side: int) -> Sam2:
+        """For ``side`` pixels, a multiple of 64 up to its own side, so that windows and their positions still meet."""
+        config = self.config
+        step = _STRIDE * config.windows[0] * 2
+        if side != config.image_size and (side % step or not step <= side < config.image_size):
+            raise ValueError(f"the side must be a multiple of {step} up to {config.image_size}, not {side}")
+        if side == config.image_size:
+            return self
+        small = shell(self)
+        small.config = replace(config, image_size=side)
+        small.image_encoder = shell(self.image_encoder)
+        small.image_encoder.trunk = shell(self.image_encoder.trunk)
+        small.image_encoder.trunk.shown = side // _STRIDE
+        small.sam_prompt_encoder = shell(self.sam_prompt_encoder)
+        resized_prompts(self.sam_prompt_encoder, small.sam_prompt_encoder, grid=side // PATCH, side=side)
+        return small
+
+
+def stability(masks: Tensor) -> Tensor:
+    """IoU (B, M) of what lies above +0.05 with what lies above -0.05 in logits (B, M, s, s); 1 where both are empty."""
+    inner, outer = (masks > _DELTA).flatten(2).sum(-1).float(), (masks > -_DELTA).flatten(2).sum(-1).float()
+    return torch.where(outer > 0, inner / outer.clamp(min=1), 1.0)
+
+
+class Sam2PromptEncoder(PromptEncoder):
+    """SAM's, but for the order of tokens: a box's corners, then points, and always a padding point behind them."""
+
+    def forward(
+        self, points: tuple[Tensor, Tensor] | None, boxes: Tensor | None, masks: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Tokens (B, N, C) and the dense embedding (B, C, g, g)."""
+        count = self._get_batch_size(points, boxes, masks)
+        device = self._get_device()
+        tokens = [torch.empty(count, 0, self.embed_dim, device=device)]
+        if boxes is not None:
+            tokens.append(self._embed_boxes(boxes))
+        if points is not None or boxes is not None:
+            none = torch.empty(count, 0, 2, device=device), torch.empty(count, 0, device=device)
+            tokens.append(self._embed_points(*(none if points is None else points), pad=True))
+        if masks is not None:
+            return torch.cat(tokens, 1), self._embed_masks(masks)
+        dense = self.no_mask_embed.weight.reshape(1, -1, 1, 1).expand(count, -1, *self.image_embedding_size)
+        return torch.cat(tokens, 1), dense
+
+
+class Sam2MaskDecoder(MaskDecoder):
+    """SAM's with a token that tells whether there is an object, and finer features added while it upscales."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__(**decoder_arguments(config))
+        dim = config.dim
+        for layer in self.transformer.layers:
+            layer.mlp = MLP(dim, config.mlp_dim, dim, 2)
+        self.iou_prediction_head = MLP(
+            dim, config.iou_hidden, self.num_mask_tokens, config.iou_depth, sigmoid_output=True
+        )
+        self.obj_score_token = nn.Embedding(1, dim)
+        self.conv_s0 = nn.Conv2d(dim, dim // 8, 1)
+        self.conv_s1 = nn.Conv2d(dim, dim // 4, 1)
+
+    def every_mask(
+        self, embedding: Tensor, finest: Tensor, finer: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, M, 4 g, 4 g) and predicted IoU (B, M) of every token for B prompts on one picture."""
+        count = sparse.shape[0]
+        own = torch.cat([self.obj_score_token.weight, self.iou_token.weight, self.mask_tokens.weight])
+        image = embedding.expand(count, -1, -1, -1) + dense
+        out, image_out = self.transformer(
+            image, positions.expand(count, -1, -1, -1), torch.cat([own.expand(count, -1, -1), sparse], 1)
+        )
+        first, norm, activate, second, activate_too = self.output_upscaling
+        up = activate(norm(first(image_out.transpose(1, 2).reshape(image.shape)) + finer))
+        up = activate_too(second(up) + finest)
+        weights = [mlp(out[:, 2 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
+        masks = torch.einsum("bmc,bchw->bmhw", torch.stack(weights, 1), up)
+        return masks, self.iou_prediction_head(out[:, 1])
+
+
+class ImageEncoder(nn.Module):
+    """(B, 3, S, S) normalised pixels to three levels (B, C, S / 4, S / 4), (…, S / 8), (…, S / 16)."""
+
+    def __init__(self, config: Sam2Config) -> None:
+        super().__init__()
+        self.trunk = Hiera(config)
+        self.neck = _Neck([config.embed_dim << stage for stage in reversed(range(_STAGES))], config.decoder.dim)
+
+    def forward(self, x: Tensor, *, recompute: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """``recompute``: see ``SamNetwork.encode``."""
+        levels: tuple[Tensor, Tensor, Tensor] = self.neck(self.trunk(x, recompute=recompute))
+        return levels
+
+
+class _Neck(nn.Module):
+    """Every level to one width; the coarsest is added to the one above it, and then let go."""
+
+    def __init__(self, widths: list[int], dim: int) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(width, dim, 1)}) for width in widths)
+
+    def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        made: list[Tensor] = [
+            part["conv"](level) for part, level in zip(reversed(list(self.convs)), levels, strict=True)
+        ]
+        coarsest = F.interpolate(made[3].float(), scale_factor=2.0, mode="nearest").to(made[2].dtype)
+        return made[0], made[1], made[2] + coarsest
+
+
+class Hiera(nn.Module):
+    """The last blocks' outputs (B, C, h, w) of four stages, each of half the side and double the width."""
+
+    def __init__(self, config: Sam2Config) -> None:
+        super().__init__()
+        dim, heads, first = config.embed_dim, config.heads, 0
+        self.grid = self.shown = config.image_size // _STRIDE
+        self.ends = [sum(config.stages[: i + 1]) - 1 for i in range(_STAGES)]
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, 7, stride=_STRIDE, padding=3)})
+        self.pos_embed = nn.Parameter(torch.zeros(1, dim, config.background, config.background))
+        self.pos_embed_window = nn.Parameter(torch.zeros(1, dim, config.windows[0], config.windows[0]))
+        blocks = []
+        for stage, count in enumerate(config.stages):
+            for i in range(first, first + count):
+                pool = stage > 0 and i == first
+                # The block that halves the sides still has the windows of the stage before it.
+                window = 0 if i in config.global_blocks else config.windows[stage - pool]
+                blocks.append(_Block(dim, dim << pool, heads << pool, window, config.mlp_ratio))
+                dim, heads = dim << pool, heads << pool
+            first += count
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor, *, recompute: bool) -> list[Tensor]:
+        x = self.patch_embed["proj"](x).permute(0, 2, 3, 1)
+        x = x + self._positions().to(x.dtype)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+            if i in self.ends:
+                outputs.append(x.permute(0, 3, 1, 2))
+        return outputs
+
+    def _positions(self) -> Tensor:
+        """(1, g, g, C): a coarse table for the whole picture, and a fine one that repeats with the windows. Of a
+        reduced picture it is the middle, as fine as the model was trained with."""
+        coarse = F.interpolate(self.pos_embed.float(), (self.grid, self.grid), mode="bicubic", align_corners=False)
+        times = self.grid // self.pos_embed_window.shape[-1]
+        whole = coarse + self.pos_embed_window.tile(1, 1, times, times)
+        # Windows begin where they did: the reduced side is a multiple of two of them.
+        first = (self.grid - self.shown) // 2
+        part = slice(first, first + self.shown)
+        return whole[:, :, part, part].permute(0, 2, 3, 1)
+
+
+class _Block(nn.Module):
+    """Attention, in windows but where ``window`` is 0, and a perceptron, over (B, H, W, C); where the width changes
+    the sides are halved by the greatest of four."""
+
+    def __init__(self, dim: int, out: int, heads: int, window: int, mlp_ratio: int) -> None:
+        super().__init__()
+        self.window, self.pool = window, dim != out
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = _Attention(dim, out, heads, pool=self.pool)
+        self.norm2 = nn.LayerNorm(out, eps=1e-6)
+        self.mlp = _Perceptron(out, mlp_ratio * out)
+        if self.pool:
+            self.proj = nn.Linear(dim, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        shortcut = _halved(self.proj(normed)) if self.pool else x
+        x = shortcut + (self._windowed(normed) if self.window else self.attn(normed))
+        mixed: Tensor = x + self.mlp(self.norm2(x))
+        return mixed
+
+    def _windowed(self, x: Tensor) -> Tensor:
+        """Cut into windows (the last ones padded with zeros), attend within each, put together again."""
+        b, h, w, c = x.shape
+        side = self.window
+        x = F.pad(x, (0, 0, 0, -w % side, 0, -h % side))
+        rows, columns = x.shape[1] // side, x.shape[2] // side
+        x = x.view(b, rows, side, columns, side, c).transpose(2, 3).reshape(-1, side, side, c)
+        x = self.attn(x)
+        if self.pool:
+            side, h, w = side // 2, h // 2, w // 2
+        x = x.view(b, rows, columns, side, side, -1).transpose(2, 3)
+        return x.reshape(b, rows * side, columns * side, -1)[:, :h, :w]
+
+
+class _Attention(nn.Module):
+    def __init__(self, dim: int, out: int, heads: int, *, pool: bool) -> None:
+        super().__init__()
+        self.heads, self.pool = heads, pool
+        self.qkv = nn.Linear(dim, 3 * out)
+        self.proj = nn.Linear(out, out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, h, w, _ = x.shape
+        q, k, v = self.qkv(x).chunk(3, -1)
+        if self.pool:
+            q, h, w = _halved(q), h // 2, w // 2
+        q, k, v = (part.reshape(b, -1, self.heads, part.shape[-1] // self.heads).transpose(1, 2) for part in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        projected: Tensor = self.proj(attended.transpose(1, 2).reshape(b, h, w, -1))
+        return projected
+
+
+class _Perceptron(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(dim, hidden), nn.Linear(hidden, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.layers[1](F.gelu(self.layers[0](x)))
+        return projected
+
+
+def _halved(x: Tensor) -> Tensor:
+    """(B, H, W, C) to (B, H / 2, W / 2, C), the greatest of each four."""
+    return F.max_pool2d(x.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+
+
+FAMILY = Family(
+    id="sam2_hiera",
+    recognises=lambda tensors: MARK in tensors,
+    read=_read,
+    config=Sam2Config,
+    network=Sam2,
+    carries=lambda key: key.startswith(_VIDEO),
+)

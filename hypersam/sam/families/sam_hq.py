@@ -1,0 +1,138 @@
+"""SAM-HQ with a ViT encoder (Ke et al. 2023, "Segment Anything in High Quality"): SAM, and a token of its own whose
+mask comes from finer features and is added to SAM's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from segment_anything.modeling import MaskDecoder
+from segment_anything.modeling.common import LayerNorm2d
+from segment_anything.modeling.mask_decoder import MLP
+from torch import Tensor, nn
+
+from hypersam.errors import LayoutMismatch
+from hypersam.sam.families.decoder import DecoderConfig, SamDecoding, decoder_arguments, read_decoder
+from hypersam.sam.families.sam_vit import MARK, SamViT, SamViTConfig, read_vit
+from hypersam.sam.families.shapes import Shapes
+from hypersam.sam.family import Family
+from hypersam.sam.network import Features, Prompts
+
+HQ_MARK = "mask_decoder.hf_token.weight"
+"""The token; what has it is a SAM-HQ of some encoder."""
+
+
+class HqMaskDecoder(MaskDecoder):
+    """SAM's mask decoder with the high-quality token, its perceptron, and the convolutions that make its features.
+
+    ``early_dim``: channels of the image encoder's early features.
+    """
+
+    def __init__(self, early_dim: int, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        dim = self.transformer_dim
+        self.hf_token = nn.Embedding(1, dim)
+        self.hf_mlp = MLP(dim, dim, dim // 8, 3)
+        self.compress_vit_feat = _four_times_finer(early_dim, dim, dim // 8)
+        self.embedding_encoder = _four_times_finer(dim, dim // 4, dim // 8)
+        self.embedding_maskfeature = nn.Sequential(
+            nn.Conv2d(dim // 8, dim // 4, 3, padding=1),
+            LayerNorm2d(dim // 4),
+            nn.GELU(),
+            nn.Conv2d(dim // 4, dim // 8, 3, padding=1),
+        )
+
+    def fine_features(self, embedding: Tensor, early: Tensor) -> Tensor:
+        """Embedding (B, C, g, g) and early features (B, E, g, g) to (B, C / 8, 4 g, 4 g). They depend on the picture
+        alone, so that they are made once a picture and not once a prompt."""
+        fine: Tensor = self.embedding_encoder(embedding) + self.compress_vit_feat(early)
+        return fine
+
+    def predict_hq_masks(self, fine: Tensor, asked: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """SAM's masks and then the token's, (B, M + 1, 4 g, 4 g), and the predicted IoU (B, M) of SAM's.
+
+        ``asked``: the arguments of ``MaskDecoder.predict_masks``.
+        """
+        prompts, dense = asked["sparse_prompt_embeddings"], asked["dense_prompt_embeddings"]
+        count = prompts.shape[0]
+        own = torch.cat([self.iou_token.weight, self.mask_tokens.weight, self.hf_token.weight])
+        tokens = torch.cat([own.expand(count, -1, -1), prompts], dim=1)
+        image = asked["image_embeddings"].expand(count, -1, -1, -1) + dense
+        positions = asked["image_pe"].expand(count, -1, -1, -1)
+        out, image_out = self.transformer(image, positions, tokens)
+        coarse = self.output_upscaling(image_out.transpose(1, 2).reshape(image.shape))
+        finer = self.embedding_maskfeature(coarse) + fine
+        weights = [mlp(out[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
+        masks = torch.einsum("bmc,bchw->bmhw", torch.stack(weights, 1), coarse)
+        token = out[:, 1 + self.num_mask_tokens]
+        mask = torch.einsum("bc,bchw->bhw", self.hf_mlp(token), finer)
+        return torch.cat([masks, mask[:, None]], 1), self.iou_prediction_head(out[:, 0])
+
+
+def _four_times_finer(inner: int, between: int, outer: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ConvTranspose2d(inner, between, 2, stride=2),
+        LayerNorm2d(between),
+        nn.GELU(),
+        nn.ConvTranspose2d(between, outer, 2, stride=2),
+    )
+
+
+def hq_mask_decoder(config: DecoderConfig, early_dim: int) -> HqMaskDecoder:
+    """Of those sizes."""
+    return HqMaskDecoder(early_dim, **decoder_arguments(config))
+
+
+class HqDecoding(SamDecoding):
+    """How SAM-HQ answers; features are the embedding and the fine features."""
+
+    mask_decoder: HqMaskDecoder
+
+    def decode(self, features: Features, prompts: Prompts, *, multimask: bool) -> tuple[Tensor, Tensor]:
+        """One mask: SAM's single one plus the token's, or with ``multimask`` the best of SAM's three plus the
+        token's; with the predicted IoU of SAM's."""
+        masks, iou = self.every_mask(features, prompts)
+        sam, token = masks[:, :-1], masks[:, -1:]
+        if not multimask:
+            return sam[:, :1] + token, iou[:, :1]
+        best = 1 + iou[:, 1:].argmax(1, keepdim=True)
+        return sam.take_along_dim(best[..., None, None], 1) + token, iou.take_along_dim(best, 1)
+
+    def every_mask(self, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """SAM's single mask, its three, and the token's."""
+        return self.mask_decoder.predict_hq_masks(features[1], self.asked(features, prompts))
+
+
+class SamHq(HqDecoding, SamViT):
+    """The whole network; every key as in the official checkpoints."""
+
+    family = "sam_hq_vit"
+
+    def __init__(self, config: SamViTConfig) -> None:
+        super().__init__(config)
+        self.mask_decoder = hq_mask_decoder(config.decoder, config.embed_dim)
+
+    def encode(self, pixels: Tensor, *, recompute: bool = False) -> Features:
+        """Embedding and fine features, these from what the first block with global attention gives."""
+        embedding, early = self.image_encoder.with_early(pixels, recompute=recompute)
+        embedding = embedding.float()
+        return embedding, self.mask_decoder.fine_features(embedding, early.float())
+
+
+def _read(tensors: Mapping[str, Tensor]) -> SamViTConfig:
+    shapes = Shapes(tensors, "SAM-HQ")
+    shapes.of("image_encoder.blocks.0.attn.qkv.weight", 2)
+    config = read_vit(shapes, read_decoder(shapes))
+    if 0 not in config.windows:
+        raise LayoutMismatch("a SAM-HQ takes features from its first block with global attention; this one has none")
+    return config
+
+
+FAMILY = Family(
+    id="sam_hq_vit",
+    recognises=lambda tensors: MARK in tensors and HQ_MARK in tensors,
+    read=_read,
+    config=SamViTConfig,
+    network=SamHq,
+)

@@ -1,0 +1,141 @@
+"""TinyViT and SAM-HQ from a checkpoint to masks, and their attention against a plain float64 composition."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import hypersam
+from benchmarks import random_sam
+from hypersam.checkpoint import read_checkpoint
+from hypersam.errors import LayoutMismatch
+from hypersam.sam.detect import detect
+from hypersam.sam.families.decoder import DecoderConfig
+from hypersam.sam.families.sam_hq import SamHq
+from hypersam.sam.families.sam_vit import SamViTConfig
+from hypersam.sam.families.tiny_vit import SamHqTinyViT, SamTinyViT, TinyViTConfig, _Attention
+from hypersam.sam.network import SamNetwork
+from hypersam.sam.predictor import SamPredictor
+
+DECODER = DecoderConfig(dim=32, mask_in_chans=16, multimask_outputs=3, depth=2, mlp_dim=64, iou_depth=3, iou_hidden=64)
+TINY = TinyViTConfig(
+    image_size=1024, widths=(16, 32, 48, 64), depths=(1, 1, 2, 1), heads=(2, 3, 4), windows=(7, 14, 7),
+    expand=4, mlp_ratio=4, decoder=DECODER,
+)  # fmt: skip
+VIT = SamViTConfig(
+    image_size=64, patch=8, embed_dim=32, heads=2, mlp_dim=128, windows=(4, 0, 0), decoder=DECODER
+)  # fmt: skip
+NETWORKS: dict[str, tuple[type[SamNetwork], TinyViTConfig | SamViTConfig]] = {
+    "sam_tiny_vit": (SamTinyViT, TINY),
+    "sam_hq_tiny_vit": (SamHqTinyViT, TINY),
+    "sam_hq_vit": (SamHq, VIT),
+}
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+@pytest.mark.parametrize("options", [{"codec": "lattice", "preset": "5x"}, {"codec": "orbit", "preset": "6.5x"}])
+def test_a_checkpoint_is_compressed_and_segments(family: str, options: dict[str, str], tmp_path: Path) -> None:
+    network, config = NETWORKS[family]
+    state = random_sam.spread(network, config, seed=3)
+    extra = {}
+    if family != "sam_hq_vit":
+        extra = {"image_encoder.norm_head.weight": torch.randn(64), "image_encoder.head.weight": torch.randn(9, 64)}
+    torch.save({"model": state | extra}, tmp_path / "source.pth")
+    report = hypersam.compress(tmp_path / "source.pth", tmp_path / "small.hsam", policy="equal_error", **options)
+    assert report["family"] == family
+    back = tmp_path / "back.safetensors"
+    hypersam.decompress(tmp_path / "small.hsam", back)
+    tensors = read_checkpoint(back).tensors
+    assert {k: (t.shape, t.dtype) for k, t in tensors.items()} == {
+        k: (t.shape, t.dtype) for k, t in (state | extra).items()
+    }
+    counters = [k for k, t in state.items() if t.dtype == torch.int64]
+    assert all(torch.equal(tensors[k], state[k]) for k in counters)
+
+    small, dense = hypersam.load(tmp_path / "small.hsam"), hypersam.load(tmp_path / "source.pth")
+    image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
+    for each in (small, dense):
+        each.set_image(image)
+    side = small.model.low_res
+    prompts = [
+        {"point_coords": np.array([[20.0, 30.0]]), "point_labels": np.array([1])},
+        {"point_coords": np.array([[20.0, 30.0], [5.0, 50.0]]), "point_labels": np.array([1, 0])},
+        {"box": np.array([5.0, 6.0, 70.0, 50.0])},
+        {"point_coords": np.array([[20.0, 30.0]]), "point_labels": np.array([1]), "box": np.array([5.0, 6, 70, 50])},
+        {"mask_input": np.random.default_rng(1).normal(0, 4, (1, side, side)).astype(np.float32)},
+    ]
+    for prompt in prompts:
+        for multimask in (True, False):
+            ours, scores, low = small.predict(**prompt, multimask_output=multimask, return_logits=True)
+            theirs, _, _ = dense.predict(**prompt, multimask_output=multimask, return_logits=True)
+            count = 3 if multimask and "hq" not in family else 1
+            assert ours.shape == (count, 60, 90)
+            assert (scores.shape, low.shape) == ((count,), (count, side, side))
+            # Coarse, for the weights are random: that it is the same model at all.
+            assert np.linalg.norm(ours - theirs) < 0.6 * np.linalg.norm(theirs)
+
+
+def test_attention_is_softmax_of_scores_and_biases_by_distance() -> None:
+    torch.manual_seed(0)
+    attention = _Attention(12, 3, 5).double().eval()
+    with torch.no_grad():
+        attention.attention_biases.normal_()
+        x = torch.randn(2, 25, 12, dtype=torch.float64)
+        found = attention(x)
+        qkv = attention.qkv(attention.norm(x)).view(2, 25, 3, 12)
+        expected = torch.empty_like(x)
+        for b in range(2):
+            for head in range(3):
+                q, k, v = qkv[b, :, head].split(4, -1)
+                scores = q @ k.T / 2
+                for i in range(25):
+                    for j in range(25):
+                        down, across = abs(i // 5 - j // 5), abs(i % 5 - j % 5)
+                        scores[i, j] += attention.attention_biases[head, 5 * down + across]
+                expected[b, :, 4 * head : 4 * head + 4] = scores.softmax(-1) @ v
+        torch.testing.assert_close(found, attention.proj(expected), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("family", NETWORKS)
+def test_a_reduced_network_shares_layers_and_gives_gradients(family: str) -> None:
+    network, config = NETWORKS[family]
+    whole = network(config)
+    whole.load_state_dict(random_sam.spread(network, config, seed=1))
+    whole.eval()
+    side = 32 if family == "sam_hq_vit" else 128
+    small = whole.reduced(side)
+    assert small.low_res * whole.config.image_size == whole.low_res * side
+    pixels = torch.randn(1, 3, side, side)
+    plain = small.encode(pixels)
+    for a, b in zip(plain, small.encode(pixels, recompute=True), strict=True):
+        torch.testing.assert_close(a, b)
+    masks, _ = small.every_mask(plain, hypersam.sam.network.Prompts(boxes=torch.tensor([[3.0, 4.0, 20.0, 25.0]])))
+    assert masks.shape[1] == (4 if family == "sam_tiny_vit" else 5)
+    masks.square().mean().backward()
+    assert whole.image_encoder.neck[0].weight.grad is not None
+    with pytest.raises(ValueError, match="multiple of"):
+        whole.reduced(side + 1)
+
+
+def test_tiny_sam_has_three_masks_whatever_is_asked() -> None:
+    network = SamTinyViT(TINY)
+    network.load_state_dict(random_sam.spread(SamTinyViT, TINY, seed=2))
+    small = network.eval().reduced(128)
+    image = np.zeros((50, 40, 3), np.uint8)
+    for variant, count in (("mobile_sam", 1), ("tiny_sam", 3)):
+        model = hypersam.sam.model.SamModel(small, variant=variant, device=torch.device("cpu"), dtype=torch.float32)
+        predictor = SamPredictor(model)
+        predictor.set_image(image)
+        masks, _, _ = predictor.predict(box=np.array([3.0, 4.0, 30.0, 40.0]), multimask_output=False)
+        assert len(masks) == count
+
+
+def test_an_hq_without_global_attention_is_refused() -> None:
+    config = SamViTConfig(
+        image_size=64, patch=8, embed_dim=32, heads=2, mlp_dim=128, windows=(4, 4), decoder=DECODER
+    )  # fmt: skip
+    with pytest.raises(LayoutMismatch, match="global attention"):
+        detect(random_sam.spread(SamHq, config, seed=0))
