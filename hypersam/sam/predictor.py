@@ -123,7 +123,7 @@ class SamPredictor:
             points = (point_coords, point_labels)
         low_res, iou = self.model.decode(self.embedding, points, boxes, mask_input, multimask=multimask_output)
         masks = self.model.upscale(low_res, self.embedding)
-        return (masks if return_logits else self.model.binary(masks)), iou, low_res
+        return (masks if return_logits else self.model.binary(masks)), iou, self.model.rules.kept(low_res)
 
     def _scaled(self, coordinates: NDArray[np.float64]) -> Tensor:
         scaled = self.model.scale_coordinates(torch.from_numpy(coordinates), self.embedding)

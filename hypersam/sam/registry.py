@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FamilyRow:
-    """What is said of a family: its title, that of sizes nobody published, and what it cannot be asked.
+    """What is said of a family: its title, that of sizes nobody published ("" where only published ones can be read),
+    and what it cannot be asked.
 
     ``mask_input``: whether it takes logits of an earlier answer; ``background``: points with label 0;
     ``most_points``: of one prompt, a box counted as two, None for any number.

@@ -9,8 +9,11 @@ import pytest
 import torch
 
 import hypersam
+import hypersam.sam.model
+import hypersam.sam.network
 from benchmarks import random_sam
 from hypersam.checkpoint import read_checkpoint
+from hypersam.cli.offline import run_decompress
 from hypersam.errors import LayoutMismatch
 from hypersam.sam.detect import detect
 from hypersam.sam.families.decoder import DecoderConfig
@@ -35,19 +38,32 @@ NETWORKS: dict[str, tuple[type[SamNetwork], TinyViTConfig | SamViTConfig]] = {
 }
 
 
-@pytest.mark.parametrize("family", NETWORKS)
-@pytest.mark.parametrize("options", [{"codec": "lattice", "preset": "5x"}, {"codec": "orbit", "preset": "6.5x"}])
-def test_a_checkpoint_is_compressed_and_segments(family: str, options: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "codec", "preset", "fidelity"),
+    [
+        ("sam_tiny_vit", "lattice", "5x", True),
+        ("sam_hq_tiny_vit", "orbit", "6.5x", False),
+        ("sam_hq_vit", "lattice", "5x", False),
+    ],
+)
+def test_a_checkpoint_is_compressed_and_segments(
+    family: str, codec: str, preset: str, fidelity: bool, tmp_path: Path
+) -> None:
     network, config = NETWORKS[family]
     state = random_sam.spread(network, config, seed=3)
     extra = {}
     if family != "sam_hq_vit":
         extra = {"image_encoder.norm_head.weight": torch.randn(64), "image_encoder.head.weight": torch.randn(9, 64)}
     torch.save({"model": state | extra}, tmp_path / "source.pth")
-    report = hypersam.compress(tmp_path / "source.pth", tmp_path / "small.hsam", policy="equal_error", **options)
+    report = hypersam.compress(
+        tmp_path / "source.pth",
+        tmp_path / "small.hsam",
+        codec=codec,
+        options={"preset": preset, "policy": "equal_error", "fidelity": fidelity},
+    ).as_dict()
     assert report["family"] == family
     back = tmp_path / "back.safetensors"
-    hypersam.decompress(tmp_path / "small.hsam", back)
+    run_decompress(tmp_path / "small.hsam", back, as_json=False)
     tensors = read_checkpoint(back).tensors
     assert {k: (t.shape, t.dtype) for k, t in tensors.items()} == {
         k: (t.shape, t.dtype) for k, t in (state | extra).items()

@@ -20,6 +20,8 @@ from tests.hypersam.test_sam_vit import relative
 from tests.oracles.test_sam_hq_and_tiny_vit import IMAGE, loaded, package
 
 
+# Deprecations in what it is built with.
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("config", "variant"),
     [

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ def _read(tensors: Mapping[str, Tensor]) -> Sam2Config:
     depth = shapes.count(_TRUNK + "blocks.{}.attn.qkv.weight")
     # A stage begins where a block has a projection to another width.
     starts = [0, *(i for i in range(depth) if shapes.has(f"{_TRUNK}blocks.{i}.proj.weight")), depth]
-    stages = tuple(last - first for first, last in zip(starts, starts[1:], strict=False))
+    stages = tuple(last - first for first, last in pairwise(starts))
     known = _PUBLISHED.get((embed_dim, stages))
     if known is None:
         sizes = "; ".join(f"{width}: {', '.join(map(str, blocks))}" for width, blocks in _PUBLISHED)
