@@ -15,6 +15,7 @@ from hypersam.checkpoint import read_checkpoint
 from hypersam.cli.offline import run_decompress
 from hypersam.errors import LayoutMismatch
 from hypersam.sam.detect import detect
+from hypersam.sam.families import sam2
 from hypersam.sam.families.decoder import DecoderConfig
 from hypersam.sam.families.sam2 import Sam2, Sam2Config, stability
 from hypersam.sam.network import Prompts
@@ -34,28 +35,35 @@ def network(config: Sam2Config = SMALL, *, seed: int = 0) -> Sam2:
     return made.eval()
 
 
-def test_the_tiny_one_is_compressed_and_segments_and_keeps_its_video_memory(tmp_path: Path) -> None:
-    state = random_sam.state_dict("sam2.1_hiera_tiny", seed=1)
-    torch.save({"model": state}, tmp_path / "sam2.1_hiera_tiny.pt")
-    report = hypersam.compress(
-        tmp_path / "sam2.1_hiera_tiny.pt", tmp_path / "small.hsam", options={"policy": "equal_error", "fidelity": False}
-    )
-    assert report.variant == "sam2.1_hiera_tiny"
-    assert 4.95 < report.fp32_ratio < 5.06
+def test_one_is_compressed_and_segments_and_keeps_its_video_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Heads and windows do not show in shapes; this size is made one of the known ones.
+    monkeypatch.setitem(sam2._PUBLISHED, (16, SMALL.stages), (1, SMALL.global_blocks, SMALL.windows))
+    state = random_sam.spread(Sam2, SMALL, seed=1) | {
+        "memory_attention.norm.weight": torch.randn(32),
+        "maskmem_tpos_enc": torch.randn(7, 1, 1, 8),
+        "no_obj_embed_spatial": torch.randn(1, 8),
+        "sam_mask_decoder.pred_obj_score_head.layers.0.weight": torch.randn(32, 32),
+    }
+    torch.save({"model": state}, tmp_path / "source.pt")
+    options = {"policy": "equal_error", "fidelity": False}
+    report = hypersam.compress(tmp_path / "source.pt", tmp_path / "small.hsam", options=options)
+    assert (report.family, report.variant) == ("sam2_hiera", "sam2_hiera")
     run_decompress(tmp_path / "small.hsam", tmp_path / "back.safetensors", as_json=False)
     back = read_checkpoint(tmp_path / "back.safetensors").tensors
     assert {k: (t.shape, t.dtype) for k, t in back.items()} == {k: (t.shape, t.dtype) for k, t in state.items()}
-    predictor = hypersam.load(tmp_path / "small.hsam")
-    dense = hypersam.load(tmp_path / "sam2.1_hiera_tiny.pt")
     image = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
     answers = []
-    for each in (predictor, dense):
-        each.set_image(image)
-        answers.append(each.predict(box=np.array([5.0, 6.0, 70.0, 50.0]), return_logits=True))
+    for file in ("small.hsam", "back.safetensors"):
+        predictor = hypersam.load(tmp_path / file)
+        predictor.set_image(image)
+        answers.append(predictor.predict(box=np.array([5.0, 6.0, 70.0, 50.0]), return_logits=True))
     (ours, scores, low), (theirs, _, _) = answers
     assert (ours.shape, scores.shape, low.shape) == ((3, 60, 90), (3,), (3, 256, 256))
     assert np.abs(low).max() <= 32
-    assert np.linalg.norm(ours - theirs) < 0.6 * np.linalg.norm(theirs)
+    # What compressed layers answer is what the weights that they decode to answer.
+    assert np.linalg.norm(ours - theirs) < 1e-3 * np.linalg.norm(theirs)
 
 
 def test_sizes_that_nobody_published_are_refused_with_the_reason() -> None:

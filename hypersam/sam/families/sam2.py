@@ -218,7 +218,7 @@ def stability(masks: Tensor) -> Tensor:
     return torch.where(outer > 0, inner / outer.clamp(min=1), 1.0)
 
 
-class Sam2PromptEncoder(PromptEncoder):
+class Sam2PromptEncoder(PromptEncoder):  # type: ignore[misc]
     """SAM's, but for the order of tokens: a box's corners, then points, and always a padding point behind them."""
 
     def forward(
@@ -239,7 +239,7 @@ class Sam2PromptEncoder(PromptEncoder):
         return torch.cat(tokens, 1), dense
 
 
-class Sam2MaskDecoder(MaskDecoder):
+class Sam2MaskDecoder(MaskDecoder):  # type: ignore[misc]
     """SAM's with a token that tells whether there is an object, and finer features added while it upscales."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -291,14 +291,22 @@ class _Neck(nn.Module):
 
     def __init__(self, widths: list[int], dim: int) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(nn.ModuleDict({"conv": nn.Conv2d(width, dim, 1)}) for width in widths)
+        self.convs = nn.ModuleList(_Lateral(width, dim) for width in widths)
 
     def forward(self, levels: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        made: list[Tensor] = [
-            part["conv"](level) for part, level in zip(reversed(list(self.convs)), levels, strict=True)
-        ]
+        made = [lateral(level) for lateral, level in zip(reversed(list(self.convs)), levels, strict=True)]
         coarsest = F.interpolate(made[3].float(), scale_factor=2.0, mode="nearest").to(made[2].dtype)
         return made[0], made[1], made[2] + coarsest
+
+
+class _Lateral(nn.Module):
+    def __init__(self, width: int, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        projected: Tensor = self.conv(x)
+        return projected
 
 
 class Hiera(nn.Module):

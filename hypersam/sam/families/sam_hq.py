@@ -23,7 +23,7 @@ HQ_MARK = "mask_decoder.hf_token.weight"
 """The token; what has it is a SAM-HQ of some encoder."""
 
 
-class HqMaskDecoder(MaskDecoder):
+class HqMaskDecoder(MaskDecoder):  # type: ignore[misc]
     """SAM's mask decoder with the high-quality token, its perceptron, and the convolutions that make its features.
 
     ``early_dim``: channels of the image encoder's early features.
