@@ -10,7 +10,8 @@ class FamilyRow:
     """What is said of a family: its title, that of sizes nobody published, and what it cannot be asked.
 
     ``mask_input``: whether it takes logits of an earlier answer; ``background``: points with label 0;
-    ``most_points``: of one prompt, a box counted as two, None for any number.
+    ``most_points``: of one prompt, a box counted as two, None for any number. ``unchecked``: why the network's answers
+    were not compared with the official code's, None where they were.
     """
 
     id: str
@@ -19,6 +20,7 @@ class FamilyRow:
     mask_input: bool = True
     background: bool = True
     most_points: int | None = None
+    unchecked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class Variant:
 
     ``file``: its official name; ``names``: parts of a file's name, in lower case without punctuation, that tell it
     from variants of the same shapes; ``marks``: values of the configuration by which its checkpoint is told from its
-    family's others.
+    family's others. ``url``: its official address, None where it is not known for certain or the file comes in an
+    archive.
     """
 
     id: str
@@ -37,10 +40,19 @@ class Variant:
     marks: tuple[tuple[str, int | tuple[int, ...]], ...]
     sha256: str | None = None
     names: tuple[str, ...] = ()
+    url: str | None = None
 
 
 FAMILIES: tuple[FamilyRow, ...] = (
     FamilyRow("sam_vit", "SAM ViT", "SAM with a ViT encoder of any other size"),
+    FamilyRow(
+        "edge_sam", "EdgeSAM", "EdgeSAM of any other width",
+        unchecked="written from its paper and its keys, as the official code is for non-commercial use",
+    ),
+    FamilyRow(
+        "efficient_sam", "EfficientSAM", "EfficientSAM of any other size",
+        mask_input=False, background=False, most_points=6,
+    ),
 )  # fmt: skip
 """The id of a family is also the variant of a size that nobody published."""
 
@@ -60,14 +72,31 @@ VARIANTS: tuple[Variant, ...] = (
         (("image_size", 1024), ("embed_dim", 1280), ("depth", 32), ("heads", 16)),
         "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
     ),
+    Variant(
+        "edge_sam", "edge_sam", "EdgeSAM", "edge_sam.pth",
+        (("image_size", 1024), ("stem", 24), ("widths", (48, 96, 192, 384)), ("depths", (3, 3, 15, 2))),
+        names=("edgesam",),
+    ),
+    Variant(
+        "edge_sam_3x", "edge_sam", "EdgeSAM-RPN", "edge_sam_3x.pth",
+        (("image_size", 1024), ("stem", 24), ("widths", (48, 96, 192, 384)), ("depths", (3, 3, 15, 2))),
+        names=("edgesam3x", "edgesamrpn"),
+    ),
+    Variant(
+        "efficient_sam_ti", "efficient_sam", "EfficientSAM-Ti", "efficient_sam_vitt.pt",
+        (("image_size", 1024), ("patch", 16), ("embed_dim", 192), ("depth", 12), ("mlp_dim", 768)),
+        url="https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vitt.pt",
+    ),
+    Variant(
+        "efficient_sam_s", "efficient_sam", "EfficientSAM-S", "efficient_sam_vits.pt",
+        (("image_size", 1024), ("patch", 16), ("embed_dim", 384), ("depth", 12), ("mlp_dim", 1536)),
+    ),
 )  # fmt: skip
 """Of variants that nothing but a name or a hash tells apart, the first is taken where neither is known."""
 
 NOT_YET = (
     ("image_encoder.trunk.pos_embed_window", "SAM 2"),
-    ("image_encoder.features.0.0.c.weight", "EdgeSAM"),
     ("image_encoder.patch_embed.seq.0.c.weight", "MobileSAM, TinySAM or SAM-HQ-Tiny"),
-    ("prompt_encoder.bbox_top_left_embeddings.weight", "EfficientSAM"),
     ("mask_decoder.hf_token.weight", "SAM-HQ"),
 )
 """A key by which a family is recognised that this version cannot compress, and the family's name."""

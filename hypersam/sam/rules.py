@@ -79,3 +79,37 @@ class LongestSide(Rules):
 
 
 LONGEST_SIDE = LongestSide()
+
+
+class Stretched(Rules):
+    """EfficientSAM: the picture is stretched to the whole input, whatever its shape (Xiong et al. 2023)."""
+
+    mean = (0.485, 0.456, 0.406)
+    std = (0.229, 0.224, 0.225)
+
+    def input_size(self, size: Size, side: int) -> Size:
+        """The input's own."""
+        return side, side
+
+    def resized(self, image: NDArray[np.uint8], side: int) -> Tensor:
+        """Bilinear on values from 0 to 1, each pixel from its four neighbours however much the picture shrinks."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+        if pixels.shape[-2:] != (side, side):
+            pixels = F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
+        return pixels
+
+    def scaled(self, coordinates: Tensor, original: Size, inner: Size) -> Tensor:
+        """What lies left of the picture or above it becomes -1, as the original has it."""
+        made = super().scaled(coordinates, original, inner)
+        return torch.where(made < 0, -1.0, made)
+
+    def upscaled(self, low_res: Tensor, original: Size, inner: Size, side: int) -> Tensor:
+        """Bicubic, in one step."""
+        return F.interpolate(low_res, original, mode="bicubic", align_corners=False)
+
+    def binary(self, logits: Tensor) -> Tensor:
+        """Zero belongs to the mask here."""
+        return logits >= 0
+
+
+STRETCHED = Stretched()

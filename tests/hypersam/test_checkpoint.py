@@ -145,9 +145,7 @@ def refuse(state: dict[str, torch.Tensor], variant: str | None = None) -> Checkp
     ("key", "name"),
     [
         ("image_encoder.trunk.pos_embed_window", "SAM 2"),
-        ("image_encoder.features.0.0.c.weight", "EdgeSAM"),
         ("image_encoder.patch_embed.seq.0.c.weight", "MobileSAM"),
-        ("prompt_encoder.bbox_top_left_embeddings.weight", "EfficientSAM"),
         ("mask_decoder.hf_token.weight", "SAM-HQ"),
     ],
 )

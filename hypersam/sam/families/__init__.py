@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from hypersam.sam.families import sam_vit
+from hypersam.sam.families import edge_sam, efficient_sam, sam_vit
 from hypersam.sam.family import Family
 
-FAMILIES: tuple[Family, ...] = (sam_vit.FAMILY,)
+FAMILIES: tuple[Family, ...] = (
+    edge_sam.FAMILY,
+    efficient_sam.FAMILY,
+    sam_vit.FAMILY,
+)
 """The first that recognises a state dict has it."""
 
 
