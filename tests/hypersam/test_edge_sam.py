@@ -24,6 +24,7 @@ from hypersam.sam.model import SamModel
 from hypersam.sam.network import Prompts
 from hypersam.sam.predictor import SamPredictor
 from hypersam.sam.registry import family_row
+from hypersam.sensitivity import _statistics, measure
 from tests.hypersam.naive_sam import State, doubled, gelu, neck, relative, under
 from tests.layouts import layout
 
@@ -226,6 +227,38 @@ def test_the_encoder_runs_in_half_precision() -> None:
     mine.image_encoder.to(torch.bfloat16)
     rough = mine.encode(pixels.bfloat16())[0].float()
     assert float(F.cosine_similarity(rough.flatten(), exact.flatten(), dim=0)) > 0.999
+
+
+def test_sensitivities_of_norms_statistics_are_their_gradients() -> None:
+    # This encoder joins norms into convolutions by arithmetic that autograd can follow back to the statistics.
+    mine = network(replace(SHALLOW, image_size=64)).requires_grad_(True)
+    norms = [name for name, m in mine.named_modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    statistics = {f"{n}.{s}": mine.get_buffer(f"{n}.{s}") for n in norms for s in ("running_mean", "running_var")}
+    for buffer in statistics.values():
+        buffer.requires_grad_(True)
+    mine.encode(torch.randn(1, 3, 64, 64))[0].square().mean().backward()
+    found = _statistics(mine)
+    assert {name for name, _ in found.values()} == statistics.keys()
+    for parameter, (name, factor) in found.items():
+        given = mine.get_parameter(parameter).grad
+        assert given is not None
+        torch.testing.assert_close(given * -factor, statistics[name].grad, rtol=1e-3, atol=1e-6, msg=name)
+    felt = measure(network(replace(SHALLOW, image_size=64)), pictures=1)
+    assert all(felt[name] > 0 for name in statistics)
+
+
+def test_norms_statistics_are_coded_by_what_pays_and_variances_stay_positive(tmp_path: Path) -> None:
+    state = network(SHALLOW).state_dict()
+    torch.save(state, tmp_path / "a.pth")
+    report = hypersam.compress(tmp_path / "a.pth", tmp_path / "a.hsam", options={"preset": "8x", "fidelity": False})
+    coded = {t.name: t.encoding for t in report.tensors}
+    assert {coded[n] for n in coded if n.endswith("running_var")} <= {"raw", "half"}
+    assert "lattice" in {coded[n] for n in coded if n.endswith("running_mean")}
+    assert {coded[n] for n in coded if n.endswith(("num_batches_tracked", "gaussian_matrix"))} == {"raw"}
+    back = hypersam.load(tmp_path / "a.hsam").model.network.state_dict()
+    for name in (n for n in coded if n.endswith("running_var")):
+        assert bool((back[name] > 0).all())
+        torch.testing.assert_close(back[name], state[name], rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize(("codec", "preset"), [("lattice", "5x"), ("orbit", "8x")])
