@@ -23,8 +23,8 @@ from hypersam.sam.registry import VARIANTS
 
 _GLOBAL = {"sam_vit_b": (2, 5, 8, 11), "sam_vit_l": (5, 11, 17, 23), "sam_vit_h": (7, 15, 23, 31)}
 _SIZES = {"sam_vit_b": (768, 12, 12), "sam_vit_l": (1024, 24, 16), "sam_vit_h": (1280, 32, 16)}
-
-
+PUBLISHED = {row.id: row.family for row in VARIANTS}
+"""Variant to family."""
 _DECODER = DecoderConfig(
     dim=256, mask_in_chans=16, multimask_outputs=3, depth=2, mlp_dim=2048, iou_depth=3, iou_hidden=256
 )
@@ -32,12 +32,7 @@ _DECODER = DecoderConfig(
 
 def config(variant: str) -> Config:
     """The configuration of a published variant. Raises KeyError for one without a maker here."""
-    return _MAKERS[known_family(variant)](variant)
-
-
-def known_family(variant: str) -> str:
-    """The family of a published variant. Raises KeyError."""
-    return {row.id: row.family for row in VARIANTS}[variant]
+    return _MAKERS[PUBLISHED[variant]](variant)
 
 
 def _sam_vit(variant: str) -> Config:
@@ -72,7 +67,7 @@ _MAKERS: dict[str, Callable[[str], Config]] = {
 
 def state_dict(variant: str, *, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random fp32 tensors under the official keys."""
-    return random_state(family_of(known_family(variant)).on_meta(config(variant)), seed=seed)
+    return random_state(family_of(PUBLISHED[variant]).on_meta(config(variant)), seed=seed)
 
 
 def random_state(network: SamNetwork, *, seed: int = 0) -> dict[str, torch.Tensor]:
