@@ -1,6 +1,6 @@
 """EdgeSAM's backbone beside timm's RepViT-M1 of the same layout: the same weights, the same picture.
 
-timm's stages keep the block before each halving with the halving itself, and its keys are other ones; all else is equal.
+timm's stages keep the block before each halving with the halving itself, under keys of their own.
 """
 
 from __future__ import annotations
