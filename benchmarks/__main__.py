@@ -15,7 +15,7 @@ SMALL_SAM = Path(__file__).parent.parent / "hypersam" / "assets" / "small_sam.pt
 
 @app.command()
 def compression(
-    model: Annotated[str, typer.Argument(help="small_sam, sam_vit_b, sam_vit_l, sam_vit_h, or a checkpoint's path.")],
+    model: Annotated[str, typer.Argument(help="small_sam, a published variant (sam_vit_b), or a checkpoint's path.")],
     codec: Annotated[str, typer.Option(help="lattice, orbit or birkhoff.")] = "lattice",
     preset: Annotated[str | None, typer.Option(help="4x, 5x, 6.5x or 8x; not for birkhoff.")] = None,
     folder: Annotated[Path, typer.Option(help="Where checkpoints and artifacts are made.")] = Path("build/benchmarks"),
@@ -27,7 +27,7 @@ def compression(
     folder.mkdir(parents=True, exist_ok=True)
     if model == "small_sam":
         path = SMALL_SAM
-    elif model.startswith("sam_vit_"):
+    elif model in random_sam.LAYOUT_OF:
         path = random_sam.write(model, folder / f"{model}_random.pth")
     else:
         path, model = Path(model), Path(model).stem
@@ -86,6 +86,27 @@ def quality(
              f"(at most {row['point_lost_upper95']:5.2f}) / {row['box_lost_points']:6.2f} "
              f"({row['box_lost_upper95']:5.2f}) points  agreement {row['point_agreement']:.4f} / "
              f"{row['box_agreement']:.4f}")  # fmt: skip
+
+
+@app.command()
+def variants(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Variants, as in the registry; all of them by default.")
+    ] = None,
+    goal: Annotated[list[str] | None, typer.Option(help="Such as lattice_5x or birkhoff; all by default.")] = None,
+    pictures: Annotated[int, typer.Option(min=1, max=4, help="Carried pictures to segment.")] = 4,
+    folder: Annotated[Path, typer.Option(help="Where checkpoints and artifacts are made.")] = Path("build/benchmarks"),
+) -> None:
+    """Size, ratio, bits, SQNR, time and agreement of every variant (random weights) with each codec and preset."""
+    from benchmarks import variants as benchmark
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for row in benchmark.run(names or [], goal or [], pictures, folder):
+        show(f"{row['variant']:>20}  {row['file_mb']:9.2f} MB")
+        for name in (benchmark.goal_name(*each) for each in benchmark.GOALS):
+            if row[f"{name}_mb"] is not None:
+                figures = {k: row[f"{name}_{k}"] for k in benchmark.FIGURES}
+                show(f"{name:>20}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
 
 def _print(row: dict[str, Any]) -> None:

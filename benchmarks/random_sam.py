@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 _LAYOUTS = Path(__file__).parent / "layouts"
-_LAYOUT_OF = {
+LAYOUT_OF = {
     "sam_vit_b": "sam_b", "sam_vit_l": "sam_l", "sam_vit_h": "sam_h", "mobile_sam_v2": "sam_h",
     "sam_hq_vit_tiny": "hq_tiny", "sam_hq_vit_b": "hq_b", "sam_hq_vit_l": "hq_l", "sam_hq_vit_h": "hq_h",
     "sam2_hiera_tiny": "sam2_t", "sam2_hiera_small": "sam2_s",
@@ -28,6 +28,7 @@ _LAYOUT_OF = {
     "mobile_sam": "mobile_and_tinysam", "tiny_sam": "mobile_and_tinysam",
     "edge_sam": "edge", "edge_sam_3x": "edge", "efficient_sam_ti": "eff_ti", "efficient_sam_s": "eff_s",
 }  # fmt: skip
+"""Published variant to the file of its official layout."""
 _TABLES = ("rel_pos_h", "rel_pos_w", "pos_embed", "pos_embed_window", "attention_biases")
 _DRAWN_ONCE = "positional_encoding_gaussian_matrix"
 
@@ -40,7 +41,7 @@ def layout(name: str) -> dict[str, Tensor]:
 
 def state_dict(variant: str, *, seed: int = 0) -> dict[str, Tensor]:
     """Random tensors under the official keys of a published variant, in its dtypes and shapes."""
-    return _filled(layout(_LAYOUT_OF[variant]), seed)
+    return _filled(layout(LAYOUT_OF[variant]), seed)
 
 
 def spread(network: Callable[[Any], nn.Module], sizes: Any, *, seed: int) -> dict[str, Tensor]:

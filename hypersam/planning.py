@@ -17,7 +17,7 @@ from hypersam.allocation import Choice, Cost, Curves, Plan, TensorFacts, curves
 from hypersam.encoding import as_fp32, columns_of, offset_of, squares
 from hypersam.options import Goal
 from hypersam.sam.detect import Detected
-from hypersam.sam.family import linear_weights
+from hypersam.sam.family import batch_norms, linear_weights
 from kernels import artifact as artifact_format
 from kernels.codec import lattice, orbit
 
@@ -29,16 +29,25 @@ _LARGEST_HALF = 65504.0
 
 @dataclass(frozen=True)
 class Roles:
-    """What tensors are for: ``layers``, the weights of linear layers, and ``buffers``, which are kept as they are."""
+    """What tensors are for: ``layers``, the weights of linear layers, and ``buffers``, which are kept as they are but
+    for the ``means`` and ``variances`` of batch norms."""
 
     layers: frozenset[str]
     buffers: frozenset[str]
+    means: frozenset[str] = frozenset()
+    variances: frozenset[str] = frozenset()
 
 
 def roles_of(detected: Detected) -> Roles:
     """The roles of a model's tensors."""
     network = detected.described.on_meta(detected.config)
-    return Roles(linear_weights(network), frozenset(name for name, _ in network.named_buffers()))
+    norms = [name for name, _ in batch_norms(network)]
+    return Roles(
+        layers=linear_weights(network),
+        buffers=frozenset(name for name, _ in network.named_buffers()),
+        means=frozenset(f"{name}.running_mean" for name in norms),
+        variances=frozenset(f"{name}.running_var" for name in norms),
+    )
 
 
 def measured_curves(
@@ -52,7 +61,8 @@ def measured_curves(
 
     Tensors that cannot be (buffers, integers, NaN) are left out. ``progress`` is told tensors done and in all.
     """
-    names = [n for n, t in tensors.items() if n not in roles.buffers and t.is_floating_point() and t.numel()]
+    kept = roles.buffers - roles.means - roles.variances
+    names = [n for n, t in tensors.items() if n not in kept and t.is_floating_point() and t.numel()]
 
     def one(name: str) -> Curves | None:
         tensor, layer = tensors[name], name in roles.layers
@@ -66,9 +76,11 @@ def measured_curves(
             discrete += [Choice("orbit", k=k) for k in _ORBITS]
         offset = offset_of(tensor)
         apart = squares(tensor, torch.full_like(tensor, offset))[1] if offset else energy
+        # A variance that a lattice made negative would have no square root.
+        lattice_too = not orbits and energy > 0 and name not in roles.variances
         facts = TensorFacts(
             name, tensor.numel(), energy, sensitivities.get(name), tuple(discrete),
-            lattice=not orbits and energy > 0, spread=math.sqrt(apart / tensor.numel()),
+            lattice=lattice_too, spread=math.sqrt(apart / tensor.numel()),
         )  # fmt: skip
         return curves([facts], lambda _, choice: _cost(tensor, choice, layer=layer), max_error=goal.max_error)
 

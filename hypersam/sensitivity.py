@@ -8,7 +8,9 @@ and n_t the number of elements.
 
 ``measure`` finds all s_t at once (Hutchinson 1990): for a vector u of random signs the gradient of u·f with
 respect to the tensor is J_tᵀu, and E‖J_tᵀu‖² = ‖J_t‖². One backward pass a probe; each gradient is reduced to
-its norm and freed as soon as it is complete. ``measure_by_perturbation`` disturbs one tensor after another.
+its norm and freed as soon as it is complete. The statistics of batch norms have no gradient of their own: theirs
+follows from that of the norm's weight and bias, channel by channel. ``measure_by_perturbation`` disturbs one tensor
+after another.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from hypersam.evaluate import prompts_for
+from hypersam.sam.family import batch_norms
 from hypersam.sam.model import SamModel
 from hypersam.sam.network import LARGEST_SIDE, Prompts, SamNetwork, sharing
 from hypersam.sam.registry import family_row
@@ -72,7 +75,8 @@ def measure(
     weights: Weights | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Sensitivity of every parameter of a dense network: squared movement of its answers for a unit of squared error.
+    """Sensitivity of every parameter of a dense network, and of its batch norms' statistics: squared movement of its
+    answers for a unit of squared error.
 
     ``pictures``: how many scenes; None takes 8, or 4 for more than 100 million parameters. ``probes``: backward passes
     a scene; more scenes say more than more probes. ``side``: pixels of the scenes, a multiple of the patch; None takes
@@ -98,11 +102,16 @@ def _measured(
 ) -> dict[str, float]:
     network.requires_grad_(True)
     sums = dict.fromkeys((name for name, _ in network.named_parameters()), 0.0)
+    statistics = _statistics(network)
+    sums |= dict.fromkeys((name for name, _ in statistics.values()), 0.0)
 
     def reduce_to(name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
             assert parameter.grad is not None
             sums[name] += float(torch.linalg.vector_norm(parameter.grad)) ** 2
+            if name in statistics:
+                statistic, factor = statistics[name]
+                sums[statistic] += float(torch.linalg.vector_norm(parameter.grad * factor)) ** 2
             parameter.grad = None
 
         return hook
@@ -124,6 +133,22 @@ def _measured(
     return {name: total / (pictures * probes) / full[name] for name, total in sums.items()}
 
 
+def _statistics(network: SamNetwork) -> dict[str, tuple[str, Tensor]]:
+    """By a batch norm's parameter: the statistic whose gradient is the parameter's times a factor a channel.
+
+    y = w·(x − m)/σ + b with σ² = v + ε gives ∂f/∂m = −(w/σ)·∂f/∂b and ∂f/∂v = −(w/2σ²)·∂f/∂w.
+    """
+    found = {}
+    for name, norm in batch_norms(network):
+        if norm.weight is None or norm.running_var is None:
+            continue
+        variance = norm.running_var + norm.eps
+        weight = norm.weight.detach()
+        found[f"{name}.bias"] = f"{name}.running_mean", weight * variance.rsqrt()
+        found[f"{name}.weight"] = f"{name}.running_var", weight / (2 * variance)
+    return found
+
+
 @torch.no_grad()
 def measure_by_perturbation(
     model: SamModel | SamNetwork,
@@ -143,7 +168,8 @@ def measure_by_perturbation(
     still = [_answers(network, scene, weights) for scene in scenes]
     draw = torch.Generator().manual_seed(seed)
     found: dict[str, float] = {}
-    for name, parameter in network.named_parameters():
+    statistics = {name: network.get_buffer(name) for name, _ in _statistics(network).values()}
+    for name, parameter in (dict(network.named_parameters()) | statistics).items():
         kept = parameter.data
         # A table of zeros is disturbed as a bias of a trained network would be.
         scale = relative * (float(kept.square().mean().sqrt()) or 1.0)
@@ -158,7 +184,7 @@ def measure_by_perturbation(
 
 
 def _measurable(model: SamModel | SamNetwork, side: int | None) -> tuple[SamNetwork, dict[str, int]]:
-    """A network of the wanted side on the model's storage, and how many elements each parameter has when it is whole.
+    """A network of the wanted side on the model's storage, and how many elements each tensor has when it is whole.
 
     Of a table with a row for every patch a smaller side uses a part. The mean squared movement of the answers by
     errors of one variance does not depend on the side, so neither does ‖J‖²; s_t is its quotient by all elements.
@@ -171,6 +197,7 @@ def _measurable(model: SamModel | SamNetwork, side: int | None) -> tuple[SamNetw
         raise ValueError("sensitivities are measured on dense networks, this one has compressed layers")
     dense = sharing(type(network), network.config, state)
     full = {name: p.numel() for name, p in dense.named_parameters()}
+    full |= {name: factor.numel() for name, factor in _statistics(dense).values()}
     return dense.reduced(side or dense.affordable_side()), full
 
 

@@ -14,7 +14,7 @@ from hypersam.sam import registry
 from hypersam.sam.families import FAMILIES, family_of
 from hypersam.sam.family import Family
 from hypersam.sam.network import Config
-from hypersam.sam.registry import NOT_YET, VARIANTS, known_variants
+from hypersam.sam.registry import VARIANTS, known_variants
 
 _SHOWN = 8
 
@@ -60,9 +60,6 @@ def detect(tensors: Mapping[str, Tensor], *, variant: str | None = None, name: s
     """
     if variant is not None and variant not in known_variants():
         raise VariantMismatch(f"unknown variant {variant!r}; known are {', '.join(known_variants())}")
-    for key, title in NOT_YET:
-        if key in tensors:
-            raise UnknownFamily(f"this is {title} (it has {key!r}), which cannot be compressed yet; {_known()}")
     family = next((f for f in FAMILIES if f.recognises(tensors)), None)
     if family is None:
         keys = ", ".join(sorted(tensors)[:3])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,3 +45,10 @@ class Family:
 def linear_weights(model: nn.Module) -> frozenset[str]:
     """Names of the weights of linear layers."""
     return frozenset(f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear))
+
+
+def batch_norms(model: nn.Module) -> Iterator[tuple[str, nn.modules.batchnorm._NormBase]]:
+    """Batch norms with their names, those that keep statistics."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.running_var is not None:
+            yield name, module

@@ -11,7 +11,8 @@ class FamilyRow:
     and what it cannot be asked.
 
     ``mask_input``: whether it takes logits of an earlier answer; ``background``: points with label 0;
-    ``most_points``: of one prompt, a box counted as two, None for any number.
+    ``most_points``: of one prompt, a box counted as two, None for any number. ``unchecked``: why the network's answers
+    were not compared with the official code's, None where they were.
     """
 
     id: str
@@ -20,6 +21,7 @@ class FamilyRow:
     mask_input: bool = True
     background: bool = True
     most_points: int | None = None
+    unchecked: str | None = None
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class Variant:
 
     ``file``: its official name; ``names``: parts of a file's name, in lower case without punctuation, that tell it
     from variants of the same shapes; ``marks``: values of the configuration by which its checkpoint is told from its
-    family's others. ``always_multimask``: it has three masks for every prompt, whatever is asked.
+    family's others. ``always_multimask``: it has three masks for every prompt, whatever is asked. ``url``: its official
+    address, None where it is not known for certain or the file comes in an archive.
     """
 
     id: str
@@ -39,6 +42,7 @@ class Variant:
     sha256: str | None = None
     names: tuple[str, ...] = ()
     always_multimask: bool = False
+    url: str | None = None
 
 
 FAMILIES: tuple[FamilyRow, ...] = (
@@ -47,6 +51,14 @@ FAMILIES: tuple[FamilyRow, ...] = (
     FamilyRow("sam2_hiera", "SAM 2", ""),
     FamilyRow("sam_tiny_vit", "MobileSAM or TinySAM", "SAM with a TinyViT encoder of any other size"),
     FamilyRow("sam_hq_tiny_vit", "SAM-HQ-Tiny", "SAM-HQ with a TinyViT encoder of any other size"),
+    FamilyRow(
+        "edge_sam", "EdgeSAM", "EdgeSAM of any other width",
+        unchecked="written from its paper and its keys, as the official code is for non-commercial use",
+    ),
+    FamilyRow(
+        "efficient_sam", "EfficientSAM", "EfficientSAM of any other size",
+        mask_input=False, background=False, most_points=6,
+    ),
 )  # fmt: skip
 """The id of a family is also the variant of a size that nobody published."""
 
@@ -132,14 +144,27 @@ VARIANTS: tuple[Variant, ...] = (
         names=("tinysam",), always_multimask=True,
     ),
     Variant("sam_hq_vit_tiny", "sam_hq_tiny_vit", "SAM-HQ-Tiny", "sam_hq_vit_tiny.pth", _TINY_VIT_5M),
+    Variant(
+        "edge_sam", "edge_sam", "EdgeSAM", "edge_sam.pth",
+        (("image_size", 1024), ("stem", 24), ("widths", (48, 96, 192, 384)), ("depths", (3, 3, 15, 2))),
+        names=("edgesam",),
+    ),
+    Variant(
+        "edge_sam_3x", "edge_sam", "EdgeSAM-RPN", "edge_sam_3x.pth",
+        (("image_size", 1024), ("stem", 24), ("widths", (48, 96, 192, 384)), ("depths", (3, 3, 15, 2))),
+        names=("edgesam3x", "edgesamrpn"),
+    ),
+    Variant(
+        "efficient_sam_ti", "efficient_sam", "EfficientSAM-Ti", "efficient_sam_vitt.pt",
+        (("image_size", 1024), ("patch", 16), ("embed_dim", 192), ("depth", 12), ("mlp_dim", 768)),
+        url="https://github.com/yformer/EfficientSAM/raw/main/weights/efficient_sam_vitt.pt",
+    ),
+    Variant(
+        "efficient_sam_s", "efficient_sam", "EfficientSAM-S", "efficient_sam_vits.pt",
+        (("image_size", 1024), ("patch", 16), ("embed_dim", 384), ("depth", 12), ("mlp_dim", 1536)),
+    ),
 )  # fmt: skip
 """Of variants that nothing but a name or a hash tells apart, the first is taken where neither is known."""
-
-NOT_YET = (
-    ("image_encoder.features.0.0.c.weight", "EdgeSAM"),
-    ("prompt_encoder.bbox_top_left_embeddings.weight", "EfficientSAM"),
-)
-"""A key by which a family is recognised that this version cannot compress, and the family's name."""
 
 
 def known_variants() -> tuple[str, ...]:

@@ -86,7 +86,7 @@ LONGEST_SIDE = LongestSide()
 
 
 class Stretched(Rules):
-    """SAM 2: the picture is stretched to the square input, whatever its sides."""
+    """The picture is stretched to the square input, whatever its sides."""
 
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
@@ -95,13 +95,17 @@ class Stretched(Rules):
         """The whole square."""
         return side, side
 
+
+class Sam2Rules(Stretched):
+    """SAM 2 (Ravi et al. 2024)."""
+
     def resized(self, image: NDArray[np.uint8], side: int) -> Tensor:
-        """Bilinear with antialiasing on values 0 to 1."""
-        pixels = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float() / 255
+        """Bilinear with antialiasing on values from 0 to 1."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
         return F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False, antialias=True)
 
     def upscaled(self, low_res: Tensor, original: Size, inner: Size, side: int) -> Tensor:
-        """Bilinear to the picture's size at once."""
+        """Bilinear, in one step."""
         return F.interpolate(low_res, original, mode="bilinear", align_corners=False)
 
     def kept(self, low_res: Tensor) -> Tensor:
@@ -109,4 +113,25 @@ class Stretched(Rules):
         return low_res.clamp(-32.0, 32.0)
 
 
-STRETCHED = Stretched()
+class EfficientSamRules(Stretched):
+    """EfficientSAM (Xiong et al. 2023)."""
+
+    def resized(self, image: NDArray[np.uint8], side: int) -> Tensor:
+        """Bilinear on values from 0 to 1, each pixel from its four neighbours however much the picture shrinks."""
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
+        if pixels.shape[-2:] != (side, side):
+            pixels = F.interpolate(pixels, (side, side), mode="bilinear", align_corners=False)
+        return pixels
+
+    def scaled(self, coordinates: Tensor, original: Size, inner: Size) -> Tensor:
+        """What lies left of the picture or above it becomes -1, as the original has it."""
+        made = super().scaled(coordinates, original, inner)
+        return torch.where(made < 0, -1.0, made)
+
+    def upscaled(self, low_res: Tensor, original: Size, inner: Size, side: int) -> Tensor:
+        """Bicubic, in one step."""
+        return F.interpolate(low_res, original, mode="bicubic", align_corners=False)
+
+    def binary(self, logits: Tensor) -> Tensor:
+        """Zero belongs to the mask here."""
+        return logits >= 0

@@ -31,6 +31,9 @@ EXPECTED = {
     "sam21_s": ("sam2_hiera", ["sam2.1_hiera_small"]),
     "sam21_bp": ("sam2_hiera", ["sam2.1_hiera_base_plus"]),
     "sam21_l": ("sam2_hiera", ["sam2.1_hiera_large"]),
+    "edge": ("edge_sam", ["edge_sam", "edge_sam_3x"]),
+    "eff_ti": ("efficient_sam", ["efficient_sam_ti"]),
+    "eff_s": ("efficient_sam", ["efficient_sam_s"]),
     "mobile_and_tinysam": ("sam_tiny_vit", ["mobile_sam", "tiny_sam"]),
 }
 

@@ -23,7 +23,7 @@ from hypersam.sam.families.decoder import DecoderConfig, decoder_arguments, resi
 from hypersam.sam.families.shapes import Shapes, checked
 from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, Prompts, SamNetwork, shell
-from hypersam.sam.rules import STRETCHED
+from hypersam.sam.rules import Sam2Rules
 
 _TRUNK = "image_encoder.trunk."
 MARK = _TRUNK + "pos_embed_window"
@@ -143,7 +143,7 @@ class Sam2(SamNetwork):
     finer ones of a quarter and an eighth of the picture's side, already projected for the mask decoder."""
 
     family = "sam2_hiera"
-    rules = STRETCHED
+    rules = Sam2Rules()
     config: Sam2Config
     image_encoder: ImageEncoder
 
