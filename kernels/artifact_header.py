@@ -139,6 +139,8 @@ def _read_prefix(file: BinaryIO, size: int, name: str) -> dict[str, Any]:
 
 
 def parse_record(record: Mapping[str, Any]) -> TensorRecord:
+    """A record as the header has it. Raises ArtifactVersion for an unknown encoding, else KeyError, TypeError or
+    ValueError."""
     encoding = record["encoding"]
     if encoding != "raw" and encoding not in ENCODINGS:
         raise ArtifactVersion(f"{record['name']}: this release does not read the encoding {encoding!r}")
