@@ -36,7 +36,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
 
     The size is read from the header and held against ``max_pixels`` before a pixel is decoded. Transparent
     pictures are laid on white, 16-bit ones scaled to 8, of animated ones the first frame is taken, colour profiles are
-    ignored as SAM's own code does: docs/pictures.md has a row for each sort. Takes up to 24 bytes a pixel. Raises
+    ignored as SAM's own code does: docs/pictures.md has a row for each sort. Takes up to 20 bytes a pixel. Raises
     ImageError or ImageTooLarge.
     """
     try:

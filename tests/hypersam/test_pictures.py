@@ -411,4 +411,4 @@ def test_memory_is_bounded_by_the_pixels(tmp_path: Path, mode: str) -> None:
         str(path),
     )
     print(mode, used / side**2, "bytes a pixel")
-    assert 3 * side**2 < used <= 24 * side**2 + (16 << 20)
+    assert 3 * side**2 < used <= 20 * side**2 + (16 << 20)
