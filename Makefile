@@ -11,7 +11,7 @@ PYTHON ?=
 # Passed on to pytest: `make test ARGS="-k birkhoff"`.
 ARGS ?=
 
-.PHONY: help install demo test check format types imports compose constraints clean distclean
+.PHONY: help install demo test fuzz check format types imports compose constraints clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -45,6 +45,9 @@ demo: install ## Start everything, compress the small SAM that comes with the pr
 
 test: install ## Run the tests (ARGS="-k name" narrows them)
 	$(PY) -m pytest $(ARGS)
+
+fuzz: install ## Send 5,000 requests of every sort to a running service
+	$(PY) -m tests.fuzz_api 5000
 
 check: install ## Lint, formatting, types, import rules, and the compose files where Docker Compose is there
 	$(PY) -m ruff check .

@@ -19,6 +19,7 @@ from hypersam.store import ArtifactStore
 from service import errors
 from service.deps import State
 from service.metrics import MeasureRequests, Metrics
+from service.openapi import document_of
 from service.routes import compress, health, jobs, models, segment
 from service.schemas import Problem
 
@@ -56,6 +57,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
     )
+    app.openapi = lambda: document_of(app)  # type: ignore[method-assign]
     errors.install(app)
     app.add_middleware(MeasureRequests, metrics=metrics)
     for module in (compress, jobs, models, segment, health):
