@@ -13,8 +13,8 @@ _PROBLEM = {"schema": {"$ref": "#/components/schemas/Problem"}}
 _OF_THE_FRAMEWORK = ("HTTPValidationError", "ValidationError")
 
 
-def document_of(app: FastAPI) -> dict[str, Any]:
-    """Make the document once and keep it, as FastAPI does."""
+def document_of(app: FastAPI, security: dict[str, Any]) -> dict[str, Any]:
+    """Make the document once and keep it, as FastAPI does. ``security``: the security schemes, if there are any."""
     if app.openapi_schema is None:
         made = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         schemas = made["components"]["schemas"]
@@ -24,6 +24,9 @@ def document_of(app: FastAPI) -> dict[str, Any]:
                 _problems(operation)
         for name in _OF_THE_FRAMEWORK:
             schemas.pop(name, None)
+        if security:
+            made["components"]["securitySchemes"] = security
+            made["security"] = [{name: []} for name in security]
         app.openapi_schema = made
     return app.openapi_schema
 
