@@ -9,6 +9,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from redis import Redis
 
 from hypersam.embedded_redis import EmbeddedRedis
 from hypersam.keys import new_key
@@ -83,7 +84,7 @@ def test_what_is_open(guarded: Api, path: str) -> None:
 @pytest.mark.parametrize(
     "headers",
     [
-        {"Authorization": "Bearer"}, {"Authorization": "Bearer "}, {"Authorization": "Basic YTpi"},
+        {"Authorization": "Bearer"}, {"Authorization": "Bearer x y"}, {"Authorization": "Basic YTpi"},
         {"Authorization": SECRETS["admin"][0]}, {"Authorization": f"Bearer {SECRETS['admin'][1].sha256}"},
         {"Authorization": f"Bearer {SECRETS['admin'][0]}x"}, {"X-API-Key": ""}, {"X-API-Key": "x" * 10_000},
         {"Authorization": "Bearer \xff\xfe"}, {"Cookie": f"key={SECRETS['admin'][0]}"},
@@ -96,9 +97,10 @@ def test_what_is_no_key(guarded: Api, headers: dict[str, str]) -> None:
     assert_problem(guarded.http.get(f"/models?key={SECRETS['admin'][0][:8]}"), 401, "unauthorized")
 
 
-@pytest.mark.parametrize(
-    "path", ["//models", "/models/", "/MODELS", "/%6dodels", "/./models", "/docs/../models", "/static/../models"]
-)
+OTHERWISE = ("//models", "/models/", "/MODELS", "/%6dodels", "/./models", "/docs/../models", "/static/../models")
+
+
+@pytest.mark.parametrize("path", OTHERWISE)
 def test_paths_written_in_another_way_open_nothing(guarded: Api, path: str) -> None:
     request = httpx.Request("GET", httpx.URL(guarded.url).copy_with(raw_path=path.encode()))
     assert guarded.http.send(request).status_code in (401, 404)
@@ -190,8 +192,6 @@ def test_rates_are_counted_for_all_processes_together(tmp_path: Path) -> None:
 
 def test_a_password_of_redis_is_not_in_the_log(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path / "redis") as redis:
-        from redis import Redis
-
         connection = Redis.from_url(redis.url)
         connection.config_set("requirepass", "hunter2-secret")
         path = redis.url.removeprefix("unix://")
@@ -208,3 +208,17 @@ def test_a_password_of_redis_is_not_in_the_log(tmp_path: Path) -> None:
             connection.config_set("requirepass", "")
             connection.close()
         assert "hunter2" not in service.output()
+
+
+def test_a_limit_that_cannot_be_counted_refuses(tmp_path: Path) -> None:
+    with EmbeddedRedis(tmp_path / "redis") as redis:
+        service = Api(Settings(data_dir=tmp_path / "data", port=0, workers=0, device="cpu", register_default=False,
+                               redis_url=redis.url, rate_limit="1000/minute"))  # fmt: skip
+        assert service.http.get("/models").status_code == 200
+    try:
+        response = service.http.get("/models")
+        assert_problem(response, 503, "unavailable")
+        assert response.headers["retry-after"]
+        assert service.http.get("/healthz").status_code == 200
+    finally:
+        service.stop()
