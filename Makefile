@@ -11,7 +11,7 @@ PYTHON ?=
 # Passed on to pytest: `make test ARGS="-k birkhoff"`.
 ARGS ?=
 
-.PHONY: help install demo test check format types imports compose constraints clean distclean
+.PHONY: help install demo test fuzz audit check format types imports compose constraints clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -45,6 +45,12 @@ demo: install ## Start everything, compress the small SAM that comes with the pr
 
 test: install ## Run the tests (ARGS="-k name" narrows them)
 	$(PY) -m pytest $(ARGS)
+
+fuzz: install ## Send 5,000 requests of every sort to a running service
+	$(PY) -m tests.fuzz_api 5000
+
+audit: install ## Compare the installed versions with known weaknesses (needs a network, and pipx or uvx)
+	@if command -v uvx >/dev/null; then run=uvx; else run="pipx run"; fi; $$run pip-audit --path "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 check: install ## Lint, formatting, types, import rules, and the compose files where Docker Compose is there
 	$(PY) -m ruff check .

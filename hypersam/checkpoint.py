@@ -1,35 +1,36 @@
 """Reading checkpoints that nobody vouches for.
 
-A checkpoint is a PyTorch archive (``.pth``, ``.pt``, ``.bin``) or a safetensors file. Pickles are read with
-``weights_only=True`` and nothing else: PyTorch's restricted unpickler knows tensors and plain containers,
-and whatever else a pickle asks for is refused, never run. Archives are memory-mapped, so that a file of
-many gigabytes costs no more memory than the tensor at hand.
+A checkpoint is a PyTorch archive (``.pth``, ``.pt``, ``.bin``) or a safetensors file. Pickles are read as data by
+``hypersam.checkpoint_pickle``, which knows tensors and plain containers: whatever else a pickle asks for is refused,
+never run. Files are memory-mapped, so that one of many gigabytes costs no more memory than the tensor at hand; reading
+one takes at most ``MEMORY_FACTOR`` times its size and ``MEMORY_FLOOR`` bytes, whatever it declares.
 """
 
 from __future__ import annotations
 
 import hashlib
-import pickle
-import pickletools
-import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hypersam.errors import (
-    CheckpointError,
-    EmptyCheckpoint,
-    NotACheckpoint,
-    UnsafeCheckpoint,
-)  # fmt: skip
+from hypersam.checkpoint_files import Pickled, read_legacy, read_safetensors, read_zip, tensors_of
+from hypersam.checkpoint_pickle import Other, TensorPlan
+from hypersam.errors import CheckpointError, EmptyCheckpoint, NotACheckpoint
 
-_CALLS = frozenset({"GLOBAL", "STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "REDUCE", "BUILD"})
+MEMORY_FACTOR = 2
+MEMORY_FLOOR = 256 << 20
+MAX_KEY = 512
+"""Characters of a tensor's name."""
+
+_DTYPES = frozenset({
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.int16,
+    torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool,
+})  # fmt: skip
+"""Those that an artifact holds and a network computes with."""
 _WRAPPERS = ("model", "state_dict")
 _HASH_BLOCK = 4 << 20
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e"
@@ -102,75 +103,20 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     if not path.is_file():
         raise NotACheckpoint(f"there is no file {path}")
     container = container_of(path)
-    content = _load_safetensors(path) if container == "safetensors" else _load_pickle(path, container)
+    pickled: Pickled | None = None
+    if container == "safetensors":
+        content: Any = read_safetensors(path)
+    else:
+        pickled = read_zip(path) if container == "zip" else read_legacy(path)
+        content = pickled.content
     wrapper, state = _unwrap(content, path.name)
-    prefix = "module." if all(key.startswith("module.") for key in state) else ""
-    tensors = {key[len(prefix) :]: value for key, value in state.items()}
-    return Checkpoint(path, tensors, container, wrapper, prefix)
+    tensors = _checked(state if pickled is None else tensors_of(pickled, state), path.name)
+    prefix = "module." if all(key.startswith("module.") for key in tensors) else ""
+    return Checkpoint(path, {key[len(prefix) :]: value for key, value in tensors.items()}, container, wrapper, prefix)
 
 
-def _load_safetensors(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise NotACheckpoint(f"{path.name} is a damaged safetensors file: {error}") from error
-
-
-def _load_pickle(path: Path, container: str) -> Any:
-    if container == "zip":
-        _check_archive(path)
-    try:
-        with warnings.catch_warnings():
-            # It warns of what the checks that follow decide: foreign pickle protocols, sparse tensors.
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=container == "zip")
-    except pickle.UnpicklingError as error:
-        message = str(error)
-        if "Unsupported global" in message or "GLOBAL" in message or "Unsupported class" in message:
-            asked = message.partition("GLOBAL ")[2].split(" ")[0] or "something else than tensors"
-            raise UnsafeCheckpoint(
-                f"{path.name} is a pickle that asks for {asked}; only tensors in plain dictionaries are read. "
-                "Nothing was executed. Save the state dict alone: torch.save(model.state_dict(), …)"
-            ) from error
-        if container == "legacy" and _calls_something(path):
-            raise UnsafeCheckpoint(
-                f"{path.name} is a bare pickle that asks for more than plain data. Nothing was executed. "
-                "Save the state dict alone: torch.save(model.state_dict(), …)"
-            ) from error
-        raise NotACheckpoint(f"{path.name} is not a readable PyTorch file, or a damaged one") from error
-    except (RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError, OSError,
-            AssertionError, UnicodeDecodeError, OverflowError, zipfile.BadZipFile) as error:  # fmt: skip
-        # The unpickler of torch lets all of these out when the bytes make no sense.
-        raise NotACheckpoint(f"{path.name} is truncated or damaged: {_first_line(error)}") from error
-
-
-def _calls_something(path: Path) -> bool:
-    """Whether the first pickle in a file names a global or calls one, read without executing it."""
-    with path.open("rb") as file:
-        try:
-            return any(op.name in _CALLS for op, _, _ in pickletools.genops(file))
-        except (ValueError, IndexError, KeyError, EOFError, UnicodeDecodeError, OverflowError, MemoryError):
-            return False
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse zip files that torch.save did not write: cut ones, and compressed ones, which could be bombs."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise NotACheckpoint(f"{path.name} is a truncated or damaged archive: {error}") from error
-    if not any(m.filename.endswith("data.pkl") for m in members):
-        raise NotACheckpoint(
-            f"{path.name} is a zip file but no PyTorch checkpoint (it holds no data.pkl); "
-            "if the checkpoint lies inside it, unpack it first"
-        )
-    if any(m.compress_type != zipfile.ZIP_STORED for m in members):
-        raise NotACheckpoint(f"{path.name} holds compressed members; torch.save stores them uncompressed")
-
-
-def _unwrap(content: Any, name: str) -> tuple[str, dict[str, Tensor]]:
+def _unwrap(content: Any, name: str) -> tuple[str, dict[str, Any]]:
+    """Where the state dict lies, and what it holds: names to tensors, or to the plans of tensors."""
     wrapper = ""
     if isinstance(content, Mapping):
         for key in _WRAPPERS:
@@ -178,21 +124,38 @@ def _unwrap(content: Any, name: str) -> tuple[str, dict[str, Tensor]]:
                 wrapper, content = key, content[key]
                 break
     if not isinstance(content, Mapping):
-        raise CheckpointError(f"{name} holds a {type(content).__name__}; a state dict (names to tensors) was expected")
+        raise CheckpointError(f"{name} holds {_kind(content)}; a state dict (names to tensors) was expected")
     if not content:
         raise EmptyCheckpoint(f"{name} holds a state dict without tensors")
-    state = dict(content)
-    strange = [f"{key!r} ({type(value).__name__})" for key, value in state.items()
-               if not isinstance(key, str) or not isinstance(value, Tensor)]  # fmt: skip
+    for key, value in content.items():
+        if isinstance(value, Other) and value.tensor:
+            raise CheckpointError(f"{name}: {_shown(key)} is {value.what}; dense ones are read")
+    strange = [f"{_shown(key)} ({_kind(value)})" for key, value in content.items()
+               if not isinstance(key, str) or not isinstance(value, (Tensor, TensorPlan))]  # fmt: skip
     if strange:
         raise CheckpointError(f"{name} is no plain state dict: {', '.join(strange[:5])} should be names with tensors")
-    for key, value in state.items():
-        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
-            raise CheckpointError(f"{name}: {key!r} is a sparse, quantised or meta tensor; dense ones are read")
+    for key in content:
+        if not key.isprintable() or len(key) > MAX_KEY:
+            raise CheckpointError(f"{name}: {_shown(key)} names no tensor; up to {MAX_KEY} printable characters do")
+    return wrapper, dict(content)
+
+
+def _checked(tensors: Mapping[str, Tensor], name: str) -> Mapping[str, Tensor]:
+    for key, value in tensors.items():
         if value.is_complex():
             raise CheckpointError(f"{name}: {key!r} is complex; real tensors were expected")
-    return wrapper, state
+        if value.dtype not in _DTYPES:
+            raise CheckpointError(f"{name}: {key!r} is of {value.dtype}, which no network here computes with")
+    return tensors
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+def _kind(value: Any) -> str:
+    if isinstance(value, Other):
+        return value.what
+    return "a Tensor" if isinstance(value, (Tensor, TensorPlan)) else f"a {type(value).__name__}"
+
+
+def _shown(key: Any) -> str:
+    """A key in a message: short, and nothing in it that a log or a terminal would obey."""
+    text = key if isinstance(key, str) else str(key) if isinstance(key, (int, float)) else type(key).__name__
+    return ascii(text[:128])

@@ -19,7 +19,7 @@ from hypersam.allocation import Choice, Curves, smallest_within, solve
 from hypersam.checkpoint import Checkpoint, read_checkpoint, sha256_of
 from hypersam.codecs import CODEC_VERSION, DEFAULT_CODEC
 from hypersam.encoding import EncodedTensor, decibels, encode_all, encode_birkhoff, sqnr_db
-from hypersam.errors import InvalidOption, TargetUnreachable, artifact_errors
+from hypersam.errors import InvalidOption, NotFinite, TargetUnreachable, artifact_errors
 from hypersam.loading import compressed_model, dense_model, is_artifact, resolve_device
 from hypersam.mapped import MappedFile
 from hypersam.options import Goal, check_options, goal_of
@@ -36,6 +36,7 @@ from hypersam.reports import (
 )
 from hypersam.sam.detect import Detected, detect
 from hypersam.sam.model import SamModel
+from hypersam.soundness import check_measurable, not_finite, notices_of
 from kernels import artifact as artifact_format
 
 _FIDELITY_BYTES = 1500  # that the fidelity report takes in the header, about
@@ -70,6 +71,7 @@ class _Job:
     options: dict[str, Any]
     roles: Roles
     tell: ProgressCallback
+    odd: tuple[str, ...]  # tensors with NaN or infinity
     seconds: dict[str, float] = field(default_factory=dict)
     encoded: int = 0
 
@@ -154,7 +156,7 @@ def compress(
         artifact_bytes=artifact_bytes,
         resident_bytes=sum(resident_bytes(e, layer=name in job.roles.layers) for name, e in encoded.items()),
         source_sha256=job.sha256, artifact_sha256=artifact_sha256, fidelity=compared,
-        **sizes(encoded, artifact_bytes),
+        notices=notices_of(job.tensors, job.odd), **sizes(encoded, artifact_bytes),
         tensors=tuple(
             tensor_report(name, t.encoded, t.sqnr_db, moves.get(name)) for name, t in found.items()
         ),
@@ -203,7 +205,8 @@ def plan(
         ratio=source_bytes / nbytes, fp32_ratio=full / nbytes,
         sqnr_db=decibels(math.fsum(energy.values()), math.fsum(made.squared_error.values())),
         seconds=time.perf_counter() - began, stage_seconds=job.seconds, source_bytes=source_bytes, fp32_bytes=full,
-        artifact_bytes=nbytes, source_sha256=job.sha256, tensors=tuple(rows),
+        artifact_bytes=nbytes, source_sha256=job.sha256,
+        notices=notices_of(job.tensors, job.odd), tensors=tuple(rows),
     )  # fmt: skip
 
 
@@ -232,7 +235,11 @@ def _open(
         # So that memory follows what is being worked on, and not what has been looked at.
         pages.release()
 
-    job = _Job(source, checkpoint, detected, sha256, goal, place, options, roles, told)
+    odd = not_finite(checkpoint.tensors, pages.release)
+    measured = goal.fidelity or (goal.config is None and goal.max_error is None and goal.policy == "sensitivity")
+    network = set(detected.described.layout(detected.config))
+    check_measurable(tuple(name for name in odd if name in network), measured=measured)
+    job = _Job(source, checkpoint, detected, sha256, goal, place, options, roles, told, odd)
     job.seconds["reading"] = time.perf_counter() - began
     return job
 
@@ -244,7 +251,10 @@ def _sensitivities(job: _Job) -> dict[str, float]:
         return {}
     with job.stage("measuring"):
         model = dense_model(job.tensors, job.detected, device=job.device)
-        return sensitivity.measure(model, progress=lambda n, of: job.tell(Progress("measuring", n, of)))
+        moves = sensitivity.measure(model, progress=lambda n, of: job.tell(Progress("measuring", n, of)))
+    if not all(math.isfinite(move) for move in moves.values()):
+        raise NotFinite("the network answers with NaN or infinity, so where bits matter cannot be measured")
+    return moves
 
 
 def _curves(job: _Job, moves: Mapping[str, float]) -> Curves:
@@ -356,7 +366,10 @@ def _compare(job: _Job, found: Mapping[str, EncodedTensor]) -> dict[str, Any]:
             sizes={"compressed": size},
             progress=lambda n, of: job.tell(Progress("comparing", n, of)),
         )
-        return report.as_dict()
+    figures = report.as_dict()
+    if not all(math.isfinite(m.mask_iou) and math.isfinite(m.embedding_cosine) for m in report.models.values()):
+        raise NotFinite("the network answers with NaN or infinity, so its masks cannot be compared")
+    return figures
 
 
 def _write(

@@ -60,6 +60,12 @@ class VariantMismatch(CheckpointError):
     code = "variant_mismatch"
 
 
+class NotFinite(CheckpointError):
+    """The network's answers are no finite numbers, so they cannot be measured."""
+
+    code = "not_finite"
+
+
 class ArtifactError(HypersamError, kernel_errors.ArtifactError):
     """A compressed model that cannot be read."""
 

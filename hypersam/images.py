@@ -18,6 +18,7 @@ from hypersam.errors import ImageError, ImageTooLarge
 MAX_PIXELS = 64_000_000
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
+_AT_ONCE = 1 << 20  # pixels
 _ORIENTATION = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,7 +35,8 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
     """An encoded picture as RGB pixels (uint8, H x W x 3), turned as its EXIF orientation says.
 
     The size is read from the header and held against ``max_pixels`` before a pixel is decoded. Transparent
-    pictures are laid on white, 16-bit ones scaled to 8, of animated ones the first frame is taken. Raises
+    pictures are laid on white, 16-bit ones scaled to 8, of animated ones the first frame is taken, colour profiles are
+    ignored as SAM's own code does: docs/pictures.md has a row for each sort. Takes up to 20 bytes a pixel. Raises
     ImageError or ImageTooLarge.
     """
     try:
@@ -73,6 +75,7 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
 
 def _upright(image: Image.Image) -> Image.Image:
     """The picture as its EXIF orientation says; a block that cannot be read says nothing of the pixels."""
+    image.load()  # Pillow turns TIFFs itself here, and then no longer tells of their orientation
     try:
         orientation = image.getexif().get(_ORIENTATION)
         turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
@@ -83,16 +86,27 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _rgb(image: Image.Image) -> NDArray[np.uint8]:
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float32)
-        # 16-bit greys come as integers up to 65535; Pillow's own conversion would clip them to 255.
-        scaled = values / 257 if values.max(initial=0) > 255 else values
-        grey = np.clip(np.rint(np.nan_to_num(scaled)), 0, 255).astype(np.uint8)
-        return np.repeat(grey[..., None], 3, axis=2)
+        return _grey(np.asarray(image), sixteen=image.mode.startswith("I;16"))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        layered = image.convert("RGBA")
-        white = Image.new("RGBA", layered.size, "white")
-        image = Image.alpha_composite(white, layered)
-    return np.array(image.convert("RGB"))
+        layered = image if image.mode == "RGBA" else image.convert("RGBA")
+        image = Image.new("RGB", layered.size, "white")
+        image.paste(layered, mask=layered)
+    # A conversion to what it is already would be a copy.
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _grey(values: NDArray[Any], *, sixteen: bool) -> NDArray[np.uint8]:
+    """Greys of 16 bits, or of 32 bits or floating ones, whose range no file tells: of 16 bits if one is over 255.
+
+    Some rows at a time. Pillow's own conversion would clip them to 255.
+    """
+    grey = np.empty((*values.shape, 3), np.uint8)
+    divisor = np.float32(257 if sixteen or np.fmax.reduce(values, axis=None, initial=0) > 255 else 1)
+    step = max(1, _AT_ONCE // values.shape[1])
+    for start in range(0, len(values), step):
+        scaled = values[start : start + step].astype(np.float32) / divisor
+        grey[start : start + step] = np.clip(np.rint(np.nan_to_num(scaled)), 0, 255).astype(np.uint8)[..., None]
+    return grey
 
 
 def to_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:

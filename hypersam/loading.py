@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hypersam.checkpoint import read_checkpoint
-from hypersam.errors import ArtifactError, InvalidOption, NotACheckpoint, Unavailable, artifact_errors
+from hypersam.errors import ArtifactError, InvalidOption, LayoutMismatch, NotACheckpoint, Unavailable, artifact_errors
 from hypersam.sam.detect import Detected, detect
 from hypersam.sam.families import family_of
 from hypersam.sam.family import Family
@@ -97,8 +97,12 @@ def _from_artifact(artifact: Artifact, device: torch.device, dtype: torch.dtype)
         raise ArtifactError(f"the artifact holds a model of family {model.get('family')!r}, unknown here") from None
     try:
         config = family.config.from_dict(model["config"])
+        # Before anything is built of the sizes that the configuration claims.
+        shown = family.read({r.name: torch.empty(r.shape, device="meta") for r in artifact.records})
+        if shown != config:
+            raise ValueError("it is of other sizes than the tensors")
         expected = {key: tuple(shape) for key, shape in family.layout(config).items()}
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, LayoutMismatch) as error:
         raise ArtifactError(f"the artifact's model configuration is unusable: {error}") from error
     odd = [name for name in artifact.names() if name not in expected and not family.carries(name)]
     if odd := sorted({*odd, *(set(expected) - set(artifact.names()))}):
@@ -107,6 +111,9 @@ def _from_artifact(artifact: Artifact, device: torch.device, dtype: torch.dtype)
         if record.name in expected and record.shape != expected[record.name]:
             raise ArtifactError(f"{record.name} has shape {record.shape}, should be {expected[record.name]}")
     variant = str(model.get("variant", family.id))
+    for name in artifact.names():
+        if name not in expected:  # carried, in no network, and to be whole all the same
+            artifact.encoded(name)
     return compressed_model(artifact.encoded, family, config, variant, device=device, dtype=dtype)
 
 

@@ -45,7 +45,7 @@ class CompressReport:
     information counted, tensors stored as they are left out; None where nothing was encoded. ``encoded_share``:
     share of the values that were. ``resident_bytes``: of all tensors once loaded. ``seconds`` is everything,
     ``stage_seconds`` its parts; ``measuring`` and ``comparing`` are what sensitivities and fidelity took.
-    ``fidelity``: see ``hypersam.fidelity``; None where it was not asked for.
+    ``fidelity``: see ``hypersam.fidelity``; None where it was not asked for. ``notices``: what is odd about the source.
     """
 
     codec: str
@@ -69,6 +69,7 @@ class CompressReport:
     source_sha256: str
     artifact_sha256: str
     fidelity: dict[str, Any] | None
+    notices: tuple[str, ...]
     tensors: tuple[TensorReport, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,6 +100,7 @@ class PlanReport:
     fp32_bytes: int
     artifact_bytes: int
     source_sha256: str
+    notices: tuple[str, ...]
     tensors: tuple[TensorReport, ...]
 
     def as_dict(self) -> dict[str, Any]:

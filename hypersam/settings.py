@@ -8,11 +8,15 @@ it and which job it is for (``workers/__main__.py``, ``workers/horse.py``): no s
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from hypersam.errors import InvalidOption
+from hypersam.keys import ApiKey, parse_line, parse_lines
 
 PREFIX = "HYPERSAM_"
 MIB = 1 << 20
@@ -22,11 +26,14 @@ DAY = 24 * 3600
 PositiveInt = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
+_RATE = re.compile(r"[1-9][0-9]{0,8}/(second|minute|hour|day)")
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]+)?")
+
 
 class Settings(BaseSettings):
     """What an operator can choose. Sizes are bytes, times are seconds."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
     data_dir: Path = Field(Path("hypersam-data"), description="uploads, artifacts, models, Redis's file")
     redis_url: str | None = Field(None, description="redis://…, rediss://… or unix://…; none: start one")
@@ -47,6 +54,13 @@ class Settings(BaseSettings):
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the image encoder")
     max_waiting: PositiveInt = Field(64, description="waiting /segment requests before the next gets 503")
 
+    api_keys: tuple[str, ...] = Field(
+        (), description="lines of `hypersam keys new`; none here and no file: all is open"
+    )
+    api_keys_file: Path | None = Field(None, description="such lines, one key each")
+    rate_limit: str | None = Field(None, description="by key or address, such as 5/second or 120/minute")
+    cors_origins: tuple[str, ...] = Field((), description="pages of these origins may call; none may by default")
+
     job_timeout: PositiveInt = 6 * 3600
     job_retention: PositiveInt = Field(7 * DAY, description="how long a finished job can be asked for")
     job_retries: int = Field(2, ge=0, description="new tries after a worker was lost")
@@ -57,6 +71,38 @@ class Settings(BaseSettings):
     default_model: Name = Field("small_sam", description="the name of the small SAM that the package carries")
     register_default: bool = Field(True, description="queue that model's compression at the first start")
     log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"
+
+    @field_validator("api_keys")
+    @classmethod
+    def _keys_parse(cls, lines: tuple[str, ...]) -> tuple[str, ...]:
+        for line in lines:
+            parse_line(line)
+        return lines
+
+    @field_validator("rate_limit")
+    @classmethod
+    def _rate_parses(cls, text: str | None) -> str | None:
+        if text is not None and not _RATE.fullmatch(text):
+            raise ValueError("a rate is a number and a time: 5/second, 120/minute, 1000/hour or 10000/day")
+        return text
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins_are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin such as https://example.org; a wildcard is not taken")
+        return origins
+
+    def keys(self) -> tuple[ApiKey, ...]:
+        """The configured keys. Raises InvalidOption for a file that cannot be read, or of which a line is no key."""
+        try:
+            kept = parse_lines(self.api_keys_file.read_text("utf-8")) if self.api_keys_file is not None else ()
+        except (OSError, ValueError) as error:
+            raise InvalidOption(f"api_keys_file cannot be used: {error}") from None
+        if self.api_keys_file is not None and not kept:
+            raise InvalidOption("api_keys_file has no key; make one with `hypersam keys new`, or do not name the file")
+        return (*map(parse_line, self.api_keys), *kept)
 
     def environment(self) -> dict[str, str]:
         """Return the variables from which a child process makes an equal ``Settings()``."""

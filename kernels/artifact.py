@@ -16,44 +16,30 @@ import secrets
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, Self
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kernels.artifact_header import (
+    DTYPE_NAMES,
+    FORMAT,
+    FORMAT_VERSION,
+    FREE_WEIGHTS,
+    MAX_HEADER_BYTES,
+    WEIGHTS_PER_BYTE,
+    TensorRecord,
+    check_declared,
+    parse_record,
+    read_header,
+)
 from kernels.codec import ENCODINGS, Encoded, RawTensor, decode
-from kernels.errors import ArtifactCorrupt, ArtifactError, ArtifactVersion
+from kernels.errors import ArtifactCorrupt, ArtifactError
 
-FORMAT = "hypersam"
-FORMAT_VERSION = "1"
-
-# Names of dtypes in safetensors' header and in ours.
-_DTYPE_NAMES: dict[torch.dtype, str] = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
-_MAX_PREFIX = 100_000_000
 _HASH_STEP = 1 << 24
-
-
-@dataclass(frozen=True)
-class TensorRecord:
-    """What the header says of one tensor. ``dtype`` and ``shape`` are the source's; ``constants`` are the
-    codec's, empty for a raw tensor; ``sha256`` is of the stream's bytes."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    encoding: str
-    sha256: str
-    constants: Mapping[str, Any]
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -131,14 +117,14 @@ def _record(name: str, encoded: Encoded) -> tuple[Tensor, dict[str, Any]]:
     """The stream of a tensor and its record in the header."""
     if isinstance(encoded, RawTensor):
         stream = encoded.tensor.detach()
-        if stream.dtype not in _DTYPE_NAMES or stream.layout != torch.strided:
+        if stream.dtype not in DTYPE_NAMES or stream.layout != torch.strided:
             raise ArtifactError(f"{name}: the format has no {stream.layout} tensors of {stream.dtype}")
         shape, dtype = tuple(stream.shape), stream.dtype
         record: dict[str, Any] = {"encoding": "raw"}
     else:
         stream, shape, dtype = encoded.stream(), encoded.shape, encoded.dtype
         record = {**encoded.constants(), "encoding": encoded.encoding}
-    record |= {"name": name, "shape": list(shape), "dtype": _DTYPE_NAMES[dtype], "sha256": _sha256(stream)}
+    record |= {"name": name, "shape": list(shape), "dtype": DTYPE_NAMES[dtype], "sha256": _sha256(stream)}
     return stream, record
 
 
@@ -156,14 +142,14 @@ def _prefix(streams: Mapping[str, Tensor], order: list[str], metadata: Mapping[s
     for name in order:
         start, end = end, end + streams[name].nbytes
         entries[name] = {
-            "dtype": _DTYPE_NAMES[streams[name].dtype],
+            "dtype": DTYPE_NAMES[streams[name].dtype],
             "shape": list(streams[name].shape),
             "data_offsets": [start, end],
         }
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=True).encode()
     text += b" " * (-len(text) % 8)
-    if len(text) > _MAX_PREFIX:
-        raise ArtifactError(f"the header takes {len(text)} bytes; safetensors reads {_MAX_PREFIX} at most")
+    if len(text) > MAX_HEADER_BYTES:
+        raise ArtifactError(f"the header takes {len(text)} bytes; {MAX_HEADER_BYTES} are read at most")
     return struct.pack("<Q", len(text)) + text
 
 
@@ -195,13 +181,16 @@ def _sync_folder(folder: Path) -> None:
 # --- reading ---------------------------------------------------------------------------------------------
 
 
-def open_artifact(path: Path, *, verify: bool = True) -> Artifact:
+def open_artifact(path: Path, *, verify: bool = True, max_weights: int | None = None) -> Artifact:
     """Open an artifact. ``verify``: check all streams now; else each when it is first read.
+
+    ``max_weights``: how many values its tensors may declare together; None: as many as the file's size allows
+    (``WEIGHTS_PER_BYTE``, ``FREE_WEIGHTS``), which holds in any case. Nothing of a declared size is allocated before.
 
     Raises ArtifactError for a file that is none, ArtifactVersion for another version of the format,
     ArtifactCorrupt for a damaged one, FileNotFoundError and other OSErrors as they come.
     """
-    artifact = Artifact(Path(path))
+    artifact = Artifact(Path(path), max_weights)
     if verify:
         try:
             artifact.verify()
@@ -218,17 +207,18 @@ class Artifact:
     of names. Streams are mapped and read when asked for.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, max_weights: int | None = None) -> None:
         self.path = path
-        header = _read_header(path)
+        header = read_header(path)
         try:
             self.codec: dict[str, Any] = dict(header["codec"])
             self.model: dict[str, Any] = dict(header["model"])
             self.source: dict[str, Any] = dict(header["source"])
             self.report: dict[str, Any] = dict(header["report"])
-            self.records = tuple(_parse_record(record) for record in header["tensors"])
+            self.records = tuple(parse_record(record) for record in header["tensors"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactCorrupt(f"{path.name}: the header lacks or misstates {error}") from error
+        check_declared(self.records, path, max_weights)
         self._by_name = {record.name: record for record in self.records}
         self._verified: set[str] = set()
         try:
@@ -306,75 +296,7 @@ class Artifact:
         self.close()
 
 
-def _read_header(path: Path) -> dict[str, Any]:
-    """The checked header of the file at ``path``; reads the prefix alone."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        entries = _read_prefix(file, size, path.name)
-    metadata = entries.get("__metadata__")
-    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
-        raise ArtifactError(f"{path.name} is a safetensors file, but no compressed model of {FORMAT}")
-    version = metadata.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ArtifactVersion(
-            f"{path.name} is of format version {version}; this release reads version {FORMAT_VERSION}"
-        )
-    text = _unpacked(metadata.get("header"), path.name)
-    if hashlib.sha256(text).hexdigest() != metadata.get("header_sha256"):
-        raise ArtifactCorrupt(f"{path.name}: the checksum of the header does not match")
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ArtifactCorrupt(f"{path.name}: the header is no JSON: {error}") from error
-    if not isinstance(header, dict):
-        raise ArtifactCorrupt(f"{path.name}: the header is no JSON object")
-    return header
-
-
-def _unpacked(packed: object, name: str) -> bytes:
-    """The header's JSON from its deflated form, never more than a header may have."""
-    try:
-        if not isinstance(packed, str):
-            raise ValueError("it is missing")
-        inflate = zlib.decompressobj()
-        text = inflate.decompress(base64.b64decode(packed, validate=True), _MAX_PREFIX)
-        if not inflate.eof or inflate.unused_data:
-            raise ValueError("it does not end where it should")
-    except (ValueError, zlib.error) as error:
-        raise ArtifactCorrupt(f"{name}: the header cannot be unpacked: {error}") from error
-    return text
-
-
-def _read_prefix(file: BinaryIO, size: int, name: str) -> dict[str, Any]:
-    """Safetensors' own JSON; tells a file that is no safetensors from one that was cut off."""
-    start = file.read(8)
-    length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-    opening = file.read(1)
-    if not 2 <= length <= _MAX_PREFIX or opening != b"{":
-        raise ArtifactError(f"{name} is no safetensors file, so no compressed model")
-    text = opening + file.read(length - 1)
-    if len(text) < length:
-        raise ArtifactCorrupt(f"{name} is cut off within its header: {size} of {8 + length} bytes")
-    try:
-        entries = json.loads(text)
-        end = max((entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"), default=0)
-        expected = 8 + length + int(end)
-    except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ArtifactError(f"{name} is no safetensors file, so no compressed model: {error}") from error
-    if size != expected:
-        raise ArtifactCorrupt(f"{name} has {size} bytes, but its header says {expected}; it was cut off or appended to")
-    return dict(entries)
-
-
-def _parse_record(record: Mapping[str, Any]) -> TensorRecord:
-    encoding = record["encoding"]
-    if encoding != "raw" and encoding not in ENCODINGS:
-        raise ArtifactVersion(f"{record['name']}: this release does not read the encoding {encoding!r}")
-    shape = tuple(record["shape"])
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise ValueError(f"the shape of {record['name']}")
-    known = ("name", "shape", "dtype", "encoding", "sha256")
-    constants = {key: value for key, value in record.items() if key not in known}
-    return TensorRecord(
-        str(record["name"]), shape, _DTYPES[record["dtype"]], encoding, str(record["sha256"]), constants
-    )
+__all__ = [
+    "FORMAT", "FORMAT_VERSION", "FREE_WEIGHTS", "MAX_HEADER_BYTES", "WEIGHTS_PER_BYTE", "Artifact", "TensorRecord",
+    "open_artifact", "prefix_bytes", "write",
+]  # fmt: skip

@@ -11,6 +11,7 @@ from typing import TypedDict
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
 from fastapi.responses import FileResponse
+from starlette.middleware.cors import CORSMiddleware
 
 from hypersam.engine import Engine
 from hypersam.jobs import JobBoard, connect
@@ -18,7 +19,9 @@ from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
 from service import errors
 from service.deps import State
+from service.guard import Guard, secured
 from service.metrics import MeasureRequests, Metrics
+from service.openapi import document_of
 from service.routes import compress, health, jobs, models, segment
 from service.schemas import Problem
 
@@ -56,8 +59,18 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
     )
+    app.openapi = lambda: document_of(app, secured(settings.keys()))  # type: ignore[method-assign]
     errors.install(app)
+    app.add_middleware(Guard, settings=settings)
     app.add_middleware(MeasureRequests, metrics=metrics)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "X-API-Key", "Content-Type", "Last-Event-ID"],
+            expose_headers=["Location", "Retry-After", "Server-Timing", "X-Image-Id"],
+        )
     for module in (compress, jobs, models, segment, health):
         app.include_router(module.router)
 

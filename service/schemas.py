@@ -72,6 +72,16 @@ class Problem(BaseModel):
     code: str
 
 
+class Readiness(BaseModel):
+    """Whether requests can be served, and why not."""
+
+    ready: bool
+    redis: str
+    store: str
+    workers: int | None
+    jobs_waiting: int | None
+
+
 class JobError(BaseModel):
     """Why a job failed."""
 

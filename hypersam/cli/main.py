@@ -22,6 +22,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
 _errors = Console(stderr=True, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]
@@ -185,6 +187,27 @@ def serve_command(
         first = error.errors()[0]
         raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
     raise typer.Exit(serve(settings))
+
+
+@keys_app.command("new")
+def new_key_command(
+    scope: Annotated[list[str], typer.Option(help="compress, segment or admin; repeatable.")],
+    label: Annotated[str, typer.Option(help="Whom the key is for; it appears in logs.")] = "key",
+    as_json: Json = False,
+) -> None:
+    """Make an API key: it is shown this once, and the line to configure is its hash."""
+    from hypersam.keys import new_key
+
+    try:
+        secret, key = new_key(label, scope)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if as_json:
+        print_json({"key": secret, "line": key.line()})
+        return
+    typer.echo(f"key (shown once):  {secret}")
+    typer.echo(f"line to configure: {key.line()}")
+    typer.echo("in HYPERSAM_API_KEYS, a JSON list of such lines, or in the file that HYPERSAM_API_KEYS_FILE names")
 
 
 def main() -> None:

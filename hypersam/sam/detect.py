@@ -81,17 +81,20 @@ def detect(tensors: Mapping[str, Tensor], *, variant: str | None = None, name: s
 
 
 def check_layout(tensors: Mapping[str, Tensor], family: Family, config: Config) -> None:
-    """Raise LayoutMismatch unless the keys and shapes are exactly those of the model, or are carried by it."""
-    expected = family.layout(config)
+    """Raise LayoutMismatch unless the keys, shapes and kinds of number are those of the model, or are carried by it."""
+    expected = family.on_meta(config).state_dict()
     problems = []
     if missing := [key for key in expected if key not in tensors]:
         problems.append(f"missing: {_some(missing)}")
     if unexpected := [key for key in tensors if key not in expected and not family.carries(key)]:
         problems.append(f"unexpected: {_some(unexpected)}")
-    wrong = [f"{key} is {tuple(tensors[key].shape)}, should be {tuple(shape)}"
-             for key, shape in expected.items() if key in tensors and tensors[key].shape != shape]  # fmt: skip
+    both = [(key, tensors[key], value) for key, value in expected.items() if key in tensors]
+    wrong = [f"{key} is {tuple(t.shape)}, should be {tuple(e.shape)}" for key, t, e in both if t.shape != e.shape]
     if wrong:
         problems.append(f"of another shape: {_some(wrong)}")
+    odd = [f"{key} is {t.dtype}" for key, t, e in both if t.is_floating_point() != e.is_floating_point()]
+    if odd:
+        problems.append(f"whole numbers instead of floating ones, or the reverse: {_some(odd)}")
     if problems:
         title = registry.family_row(family.id).title
         raise LayoutMismatch(f"the state dict does not fit its family ({title}); " + "; ".join(problems))

@@ -13,6 +13,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from hypersam.errors import HypersamError
 from service.deps import State, StateDep
+from service.schemas import Readiness
 
 router = APIRouter(tags=["health"])
 log = logging.getLogger(__name__)
@@ -24,7 +25,11 @@ async def healthz() -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+@router.get(
+    "/readyz",
+    response_model=Readiness,
+    responses={503: {"model": Readiness, "description": "not ready; the same report"}},
+)
 async def readyz(state: StateDep) -> Response:
     """Tell whether Redis answers and the data folder can be written, and how many workers are alive.
 

@@ -41,7 +41,11 @@ async def delete_job(job_id: str, state: StateDep) -> Response | Job:
     return Response(status_code=204) if view is None else Job.of(view)
 
 
-@router.get("/{job_id}/events", response_class=EventSourceResponse)
+@router.get(
+    "/{job_id}/events",
+    response_class=EventSourceResponse,
+    responses={204: {"description": "the last event seen was the last there will be"}},
+)
 async def watch_job(
     job_id: str, request: Request, state: StateDep, last_event_id: Annotated[str | None, Header()] = None
 ) -> Response:

@@ -27,7 +27,15 @@ async def get_model(model_id: str, state: StateDep) -> Model:
     return Model.of(await to_thread.run_sync(state.store.model, model_id), tensors=True)
 
 
-@router.get("/{model_id}/artifact", response_class=FileResponse)
+@router.get(
+    "/{model_id}/artifact",
+    response_class=FileResponse,
+    responses={
+        200: {"content": {"application/octet-stream": {}}},
+        206: {"description": "the part that Range asked for"},
+        304: {"description": "the artifact is the one that If-None-Match names"},
+    },
+)
 async def get_artifact(model_id: str, request: Request, state: StateDep) -> Response:
     """Send the compressed file. Its ETag is its sha256; Range works."""
     record = await to_thread.run_sync(state.store.model, model_id)

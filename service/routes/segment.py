@@ -108,7 +108,12 @@ class ImageSink:
         self.complete = True
 
 
-@router.post("/segment", response_model=SegmentResponse, openapi_extra=_BODY)
+@router.post(
+    "/segment",
+    response_model=SegmentResponse,
+    openapi_extra=_BODY,
+    responses={200: {"content": {"image/png": {"schema": {"type": "string", "format": "binary"}}}}},
+)
 async def segment(request: Request, state: StateDep) -> Response:
     """Return masks for points and boxes; with ``Accept: image/png`` the one mask itself."""
     began = time.perf_counter()

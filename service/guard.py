@@ -1,0 +1,126 @@
+"""Who may do what, and how often: before a request's body is read.
+
+Without configured keys everything is open to whoever reaches the port. With keys each route needs a scope; what is
+not listed here needs ``admin``, so that a new route is closed until somebody opens it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+
+import redis
+from anyio import to_thread
+from limits import RateLimitItem, parse
+from limits.storage import RedisStorage
+from limits.strategies import MovingWindowRateLimiter
+from starlette.requests import Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from hypersam.errors import Unavailable
+from hypersam.keys import ApiKey, find_key
+from hypersam.settings import Settings
+from service.errors import problem
+
+log = logging.getLogger(__name__)
+
+_UNREAD = {"Connection": "close"}  # the body, which may be gigabytes, is not read
+
+OPEN = frozenset({"/", "/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
+# The first row that fits decides: methods ("*" any), beginning of the path, scopes of which one is enough.
+RULES: Sequence[tuple[str, str, tuple[str, ...]]] = (
+    ("POST", "/segment", ("segment",)),
+    ("POST", "/embed", ("segment",)),
+    ("POST", "/compress", ("compress",)),
+    ("POST", "/plan", ("compress",)),
+    ("*", "/jobs", ("compress",)),
+    ("*", "/uploads", ("compress",)),
+    ("GET HEAD", "/models", ("compress", "segment")),
+    ("GET HEAD", "/variants", ("compress", "segment")),
+)
+
+
+def scopes_of(method: str, path: str) -> tuple[str, ...]:
+    """The scopes of which a request needs one; none for what is open."""
+    if path in OPEN or (path.startswith("/static/") and method in ("GET", "HEAD")):
+        return ()
+    for methods, start, scopes in RULES:
+        if (methods == "*" or method in methods.split()) and (path == start or path.startswith(start + "/")):
+            return scopes
+    return ("admin",)
+
+
+class Guard:
+    """ASGI middleware: 401 without a key that is known, 403 where it does not open the route, 429 where it is asked
+    too often. Rates are counted in Redis for all processes together, by key, or by address where there are no keys."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app = app
+        self._keys = settings.keys()
+        self._limit: RateLimitItem | None = parse(settings.rate_limit) if settings.rate_limit else None
+        self._limiter: MovingWindowRateLimiter | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        needed = scopes_of(scope["method"], scope["path"]) if scope["type"] == "http" else ()
+        if not needed:
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        who = request.client.host if request.client else "unknown"
+        if self._keys:
+            key = find_key(self._keys, _secret(request))
+            if key is None:
+                detail = "send an API key as 'Authorization: Bearer …' or 'X-API-Key: …'"
+                answer = problem(
+                    401, "unauthorized", detail, headers={"WWW-Authenticate": 'Bearer realm="hypersam"', **_UNREAD}
+                )
+                await answer(scope, receive, send)
+                return
+            if not any(key.may(each) for each in needed):
+                detail = f"the key {key.label!r} has not the scope that this needs: {' or '.join(needed)}"
+                await problem(403, "forbidden", detail, headers=_UNREAD)(scope, receive, send)
+                return
+            who = f"key:{key.label}"
+        if self._limit is not None and (refusal := await self._counted(request, self._limit, who)) is not None:
+            await refusal(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    async def _counted(self, request: Request, limit: RateLimitItem, who: str) -> ASGIApp | None:
+        """Count the request; what to answer instead of it if it is one too many."""
+        try:
+            if self._limiter is None:
+                self._limiter = await to_thread.run_sync(_limiter, request.state.hypersam.redis)
+            if await to_thread.run_sync(self._limiter.hit, limit, who):
+                return None
+            stats = await to_thread.run_sync(self._limiter.get_window_stats, limit, who)
+        except redis.RedisError as error:
+            # A limit that nobody counts is none.
+            log.warning("redis: %s", error)
+            return problem(
+                503, Unavailable.code, "the queue's Redis does not answer", headers={"Retry-After": "5", **_UNREAD}
+            )
+        wait = max(1, math.ceil(stats.reset_time - time.time()))
+        detail = f"more than {limit}; try again in {wait} s"
+        return problem(429, "rate_limited", detail, headers={"Retry-After": str(wait), **_UNREAD})
+
+
+def _limiter(connection: redis.Redis) -> MovingWindowRateLimiter:
+    """Counts through the connections that the service has anyway."""
+    storage = RedisStorage("redis://", connection_pool=connection.connection_pool, key_prefix="hypersam:rate")
+    return MovingWindowRateLimiter(storage)
+
+
+def _secret(request: Request) -> str:
+    kind, _, value = request.headers.get("authorization", "").partition(" ")
+    return value.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key", "")
+
+
+def secured(keys: Sequence[ApiKey]) -> dict[str, object]:
+    """What the OpenAPI document says of keys."""
+    if not keys:
+        return {}
+    return {"key": {"type": "http", "scheme": "bearer", "description": "an API key; X-API-Key works too"}}
