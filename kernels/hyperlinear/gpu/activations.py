@@ -83,13 +83,14 @@ def _quantise_kernel(  # type: ignore[no-untyped-def]
     for first in range(0, columns, TILE):
         taken = _turned(x, signs, row, row_in, first, columns, row_stride, block, norm, TILE, ROTATE, WIDEN)
         largest = tl.maximum(largest, tl.max(tl.abs(taken), 1))
-        broken = tl.maximum(broken, tl.max((taken - taken != 0).to(tl.int32), 1))
+        broken = tl.maximum(broken, tl.max(((tl.abs(taken) <= 3.4e38) == 0).to(tl.int32), 1))
+    largest = tl.where(broken != 0, 0.0, largest)
     # The bound keeps the quotients of a row of zeros finite.
     scale = tl.maximum(largest, 1e-30) / 127.0
     for first in range(0, columns, TILE):
         taken = _turned(x, signs, row, row_in, first, columns, row_stride, block, norm, TILE, ROTATE, WIDEN)
-        whole = tl.floor(taken / scale[:, None] + 0.5)
-        whole = tl.minimum(tl.maximum(tl.where(broken[:, None] != 0, 0.0, whole), -127.0), 127.0)
+        whole = tl.floor(tl.where(broken[:, None] != 0, 0.0, taken) / scale[:, None] + 0.5)
+        whole = tl.minimum(tl.maximum(whole, -127.0), 127.0)
         place = first + tl.arange(0, TILE)
         tl.store(
             out + row[:, None] * out_stride + place[None, :],
