@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from hypersam import __version__
+from hypersam.cli import bench
 from hypersam.codecs import DEFAULT_CODEC
 from hypersam.errors import HypersamError
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench.app, name="bench")
 _errors = Console(stderr=True, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]

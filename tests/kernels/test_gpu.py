@@ -18,7 +18,7 @@ from kernels.hyperlinear import orbit as orbit_product
 from kernels.hyperlinear.module import BirkhoffLinear, LatticeLinear, OrbitLinear
 
 gpu = pytest.importorskip("kernels.hyperlinear.gpu")
-from kernels.hyperlinear.gpu import activations, decode, paths, product  # noqa: E402
+from kernels.hyperlinear.gpu import activations, decode, paths, product, tune  # noqa: E402
 from kernels.hyperlinear.gpu.paths import Path  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -258,6 +258,22 @@ def test_table_of_paths(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None
     for wrong in ("no", "{}", '{"format": 2, "devices": {}}'):
         with pytest.raises(ValueError, match=r"here is no table"):
             paths.parsed(wrong, "here")
+
+
+def test_tuning_writes_what_is_read(tmp_path: File) -> None:
+    device = torch.device(DEVICE)
+    told: list[str] = []
+    entries = tune.measure(
+        device, forms=["lattice", "orbit3"], rows=[4, 80], layers=[(16, 32)], dtypes=[torch.float16], tell=told.append
+    )
+    assert len(told) == 4
+    file = tmp_path / "folder" / "paths.json"
+    tune.write(file, "a device", entries)
+    tune.write(file, "another", entries[:1])
+    table = paths.parsed(file.read_text(), "here")
+    assert table == {"a device": tuple(entries), "another": (entries[0],)}
+    for form, rows, int8 in itertools.product(("lattice", "orbit3"), (1, 4000), (False, True)):
+        assert any(entry.takes(form, "half", rows, 1 << 20, int8) and entry.measured for entry in entries)
 
 
 @pytest.mark.parametrize(
