@@ -158,9 +158,7 @@ class LatticeLinear(HyperLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out), in ``x``'s dtype."""
-        result: Tensor = lattice_linear(
-            x, self.levels, self.step, self.index, self.values, self.bias, self.int8
-        )
+        result: Tensor = lattice_linear(x, self.levels, self.step, self.index, self.values, self.bias, self.int8)
         return result
 
     def dense(self) -> Tensor:

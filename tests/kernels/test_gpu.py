@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path as File
 
@@ -17,9 +20,12 @@ from kernels.hyperlinear import HyperLinear, allow_int8
 from kernels.hyperlinear import orbit as orbit_product
 from kernels.hyperlinear.module import BirkhoffLinear, LatticeLinear, OrbitLinear
 
-gpu = pytest.importorskip("kernels.hyperlinear.gpu")
+triton = pytest.importorskip("triton")
+tl = triton.language
+from kernels.hyperlinear import gpu  # noqa: E402
 from kernels.hyperlinear.gpu import activations, decode, paths, product, tune  # noqa: E402
 from kernels.hyperlinear.gpu.paths import Path  # noqa: E402
+from kernels.hyperlinear.gpu.tile import lower_bound  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KINDS = ["birkhoff", "lattice", "orbit3", "orbit4", "orbit4 rotated", "orbit5", "orbit6", "orbit6 rotated"]
@@ -49,9 +55,7 @@ def coded(kind: str, out_features: int, in_features: int) -> Coded:
 
 
 def layer(kind: str, out_features: int, in_features: int, *, bias: bool = True) -> HyperLinear:
-    made = HyperLinear.from_encoded(
-        coded(kind, out_features, in_features), torch.randn(out_features) if bias else None
-    )
+    made = HyperLinear.from_encoded(coded(kind, out_features, in_features), torch.randn(out_features) if bias else None)
     return made.to(DEVICE)
 
 
@@ -205,6 +209,12 @@ def test_offsets_beyond_32_bits(which: str) -> None:
     assert torch.equal(got, expected)
 
 
+@triton.jit
+def _bounds_kernel(index, count, steps, keys, out, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.arange(0, SIZE)
+    tl.store(out + at, lower_bound(index, count, steps, tl.load(keys + at)))
+
+
 def test_corrections_beyond_32_bits() -> None:
     """Flat positions of a weight that is wider than memory: the search for a row's own."""
     index = torch.tensor([5, (1 << 33) + 1, (1 << 33) + 2, 3 << 33], dtype=torch.int64)
@@ -216,18 +226,6 @@ def test_corrections_beyond_32_bits() -> None:
         index.to(DEVICE), 4, 3, torch.tensor([*keys, 0, 0], device=DEVICE), out, SIZE=8
     )  # fmt: skip
     assert out[:6].tolist() == found.tolist()
-
-
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-
-from kernels.hyperlinear.gpu.tile import lower_bound  # noqa: E402
-
-
-@triton.jit
-def _bounds_kernel(index, count, steps, keys, out, SIZE: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.arange(0, SIZE)
-    tl.store(out + at, lower_bound(index, count, steps, tl.load(keys + at)))
 
 
 def test_table_of_paths(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,9 +294,28 @@ def test_int8_is_allowed_layer_by_layer() -> None:
     model = nn.Sequential(layer("lattice", 9, 12), nn.GELU(), layer("orbit4", 5, 9))
     assert not model[0].int8
     allow_int8(model)
-    assert model[0].int8 and model[2].int8
+    assert model[0].int8
+    assert model[2].int8
     allow_int8(model, False)
     assert not model[2].int8
+
+
+def test_kernels_compile_for_hopper() -> None:
+    """Triton's compiler needs no GPU, and takes less than its interpreter does. 16-bit and int8 products use wgmma."""
+    script = (
+        "from benchmarks.gpu_compile import run\n"
+        "for row in run(('orbit5',)):\n"
+        "    print(row['operands'], row['path'], row['wgmma'], row['spilled_bytes'], sep=';')\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = [line.split(";") for line in done.stdout.splitlines()]
+    assert {path.split()[0] for _, path, _, _ in rows} == {"fused", "int8", "int8_decode"}
+    for operands, _, wgmma, spilled in rows:
+        assert (int(wgmma) > 0) == (operands == "half")
+        assert spilled == "0"
 
 
 # --- what only a device can show ---------------------------------------------------------------------------

@@ -49,10 +49,7 @@ def _fill(out: Tensor, x: Tensor, weight: CompressedWeight, bias: Tensor | None,
         _library(x, weight, bias, path, out)
     elif path.int8:
         weight = product.int8_weight(weight)
-        if path.decode is not None:
-            plain = decode.levels(weight, path.decode)
-        else:
-            plain = weight
+        plain = weight if path.decode is None else decode.levels(weight, path.decode)
         quantised, scales = activations.quantise(x, weight.block, weight.signs)
         product.fill(out, quantised, plain, bias, path.tile, warps=path.warps, stages=path.stages, x_scales=scales)
     else:

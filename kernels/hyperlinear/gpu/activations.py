@@ -33,8 +33,10 @@ def _hadamard(block, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _turned(x, signs, row, row_in, first, columns, row_stride, block, norm,
-            TILE: tl.constexpr, ROTATE: tl.constexpr, WIDEN: tl.constexpr):  # type: ignore[no-untyped-def]  # fmt: skip
+def _turned(  # type: ignore[no-untyped-def]
+    x, signs, row, row_in, first, columns, row_stride, block, norm,
+    TILE: tl.constexpr, ROTATE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     """The tile of ``x`` from column ``first`` on, rotated where wanted: fp32."""
     place = first + tl.arange(0, TILE)
     inside = row_in[:, None] & (place < columns)[None, :]

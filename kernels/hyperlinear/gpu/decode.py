@@ -31,9 +31,7 @@ def _decode_kernel(  # type: ignore[no-untyped-def]
     column = (tile // across).to(tl.int64) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     column_in = column < out_features
     first = (tile % across) * BLOCK_IN
-    weights = decoded(
-        codes, table, column, column_in, first, code_stride, in_features, FORM, BITS, BLOCK_OUT, BLOCK_IN
-    )
+    weights = decoded(codes, table, column, column_in, first, code_stride, in_features, FORM, BITS, BLOCK_OUT, BLOCK_IN)
     if out.dtype.element_ty != tl.int8:
         scale = tl.load(scales + column, mask=column_in & (has_scales != 0), other=1.0) * step
         weights = weights.to(tl.float32) * scale[:, None]
@@ -60,8 +58,8 @@ def _correct_kernel(  # type: ignore[no-untyped-def]
 
 
 def fill(out: Tensor, weight: CompressedWeight, tile: tuple[int, int], *, warps: int = 4) -> None:
-    """Decode ``weight`` into ``out`` (out, in), dense rows: fp32, fp16 or bf16, scaled and corrected, in the rotated basis
-    of the codes; or int8, levels alone. ``tile``: outputs and inputs of a tile, powers of two.
+    """Decode ``weight`` into ``out`` (out, in), dense rows: fp32, fp16 or bf16, scaled and corrected, in the rotated
+    basis of the codes; or int8, levels alone. ``tile``: outputs and inputs of a tile, powers of two.
     """
     block_out, block_in = tile
     tiles = triton.cdiv(weight.out_features, block_out) * triton.cdiv(weight.columns, block_in)

@@ -1,8 +1,8 @@
 """Which way a product goes on a GPU: read from a small table of measurements, by form, dtype, rows and size.
 
 The table that ships, ``paths.json``, says of every device whether it was measured there or derived from a model.
-``tune`` measures anew and writes a table of its own, which is read first: the file that HYPERSAM_KERNEL_PATHS names, else
-``hypersam/paths.json`` in the user's cache folder.
+``tune`` measures anew and writes a table of its own, which is read first: the file that HYPERSAM_KERNEL_PATHS names,
+else ``hypersam/paths.json`` in the user's cache folder.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _device_name(device: torch.device) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def choose(form: str, dtype: torch.dtype, rows: int, weights: int, int8: bool, device: torch.device) -> Path:
-    """The path of a product of ``rows`` rows of ``dtype`` with ``weights`` weights. ``int8``: whether it may be int8."""
+    """The path of a product of ``rows`` rows of ``dtype`` with ``weights`` weights. ``int8``: whether that may be."""
     operands = OPERANDS[dtype]
     for entry in entries_for(_device_name(device)):
         if entry.takes(form, operands, rows, weights, int8):

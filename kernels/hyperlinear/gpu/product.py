@@ -5,7 +5,7 @@ first operand, which Hopper's matrix units take from registers. Sums are fp32 ov
 without TF32), or int32 over int8 ones. Scales, corrections, bias and the one rounding come after the sum.
 
 Sizes, strides, scales and whether there is a bias are run-time arguments. A kernel is compiled once for a form, a
-dtype and a tile; once more where addresses or rows are no multiples of 16 bytes.
+dtype and a tile; once more for layers with corrections, and where addresses or rows are no multiples of 16 bytes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from kernels.hyperlinear.gpu.weight import CompressedWeight
 SUPPORTED = (torch.float32, torch.float16, torch.bfloat16)
 
 _NOT_SPECIALISED = (
-    "step", "count", "steps", "added", "rows", "out_features", "out_row_stride", "has_x_scales", "has_scales", "has_bias",
+    "step", "count", "steps", "added", "rows", "out_features", "out_row_stride", "has_x_scales", "has_scales",
+    "has_bias",
 )  # fmt: skip
 _NOT_ALIGNED = ("x_scales", "table", "scales", "index", "values", "bias")
 
@@ -36,7 +37,7 @@ def _product_kernel(  # type: ignore[no-untyped-def]
     rows, out_features, in_features, x_row_stride, code_stride, out_row_stride, has_x_scales, has_scales, has_bias,
     FORM: tl.constexpr, BITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, GROUP: tl.constexpr,
-    WIDEN: tl.constexpr,
+    CORRECTED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One tile of the output, BLOCK_ROWS × BLOCK_OUT, over all columns of the weight."""
     # GROUP tiles of rows share the tiles of the weight that they need while those are in the L2 cache.
@@ -79,9 +80,23 @@ def _product_kernel(  # type: ignore[no-untyped-def]
 
     scale = tl.load(scales + column, mask=column_in & (has_scales != 0), other=1.0) * step
     result = total.to(tl.float32) * scale[:, None]
-    result = _corrected(
-        result, x_rows, codes, index, values, count, steps, added, column, row_in, code_stride, in_features, step, FORM
-    )
+    if CORRECTED:
+        result = _corrected(
+            result,
+            x_rows,
+            codes,
+            index,
+            values,
+            count,
+            steps,
+            added,
+            column,
+            row_in,
+            code_stride,
+            in_features,
+            step,
+            FORM,
+        )
     # Flags and not constants, so that layers with and without them share a kernel.
     result *= tl.load(x_scales + row, mask=row_in & (has_x_scales != 0), other=1.0)[None, :]
     result += tl.load(bias + column, mask=column_in & (has_bias != 0), other=0.0).to(tl.float32)[:, None]
@@ -117,7 +132,7 @@ def _corrected(  # type: ignore[no-untyped-def]
 
 
 # Triton's interpreter takes the bit patterns of bf16 numbers for integers in products and in casts from integers, so
-# there operands are widened once they are rounded. The products are the same: those of two bf16 numbers are exact in fp32.
+# there operands are widened once they are rounded. The products are the same: two bf16 numbers' is exact in fp32.
 INTERPRETED = not isinstance(_product_kernel, triton.JITFunction)
 
 
@@ -145,7 +160,7 @@ def fill(
         rows, weight.out_features, weight.columns, x.stride(0), weight.codes.stride(0), out.stride(0),
         int(x_scales is not None), int(weight.scales is not None), int(bias is not None),
         FORM=weight.form, BITS=weight.bits, BLOCK_ROWS=block_rows, BLOCK_OUT=block_out, BLOCK_IN=block_in, GROUP=8,
-        WIDEN=INTERPRETED and x.dtype == torch.bfloat16, num_warps=warps, num_stages=stages,
+        CORRECTED=count > 0, WIDEN=INTERPRETED and x.dtype == torch.bfloat16, num_warps=warps, num_stages=stages,
     )  # fmt: skip
 
 

@@ -1,10 +1,9 @@
 """Decoding a tile of a compressed weight in registers: shared by the kernels that multiply and those that decode.
 
-Rows of a tile are the weight's rows (outputs), its columns the weight's columns (inputs), in their natural order. Offsets
-are 64-bit: a weight may have more than 2^31 codes.
+Rows of a tile are the weight's rows (outputs), its columns the weight's columns (inputs), in their natural order.
+Offsets are 64-bit: a weight may have more than 2^31 codes.
 """
 
-# ruff: noqa: D417
 from __future__ import annotations
 
 import triton

@@ -1,15 +1,18 @@
 """Measuring the table of paths anew on the device at hand.
 
-Every form, dtype and number of rows goes through all candidates on layers of SAM's sizes; the one of the smallest geometric
-mean becomes an entry. Paths with int8 operands are listed where they beat the others, for products that allow them.
+Every form, dtype and number of rows goes through all candidates on layers of SAM's sizes; the one of the smallest
+geometric mean becomes an entry. Paths with int8 operands are listed where they beat the others, for
+products that allow them.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path as File
@@ -31,8 +34,9 @@ LAYERS = ((256, 256), (2048, 256), (2304, 768), (1280, 1280), (5120, 1280), (128
 _FEW = 64
 _DECODER = 2048 * 256
 
-Timer = Callable[[Callable[[], Tensor]], float]
-"""Seconds that a call takes."""
+_TIMES = 4
+Timer = Callable[..., float]
+"""Seconds that one of some calls takes."""
 
 
 def candidates(operands: str, rows: int) -> Iterator[Path]:
@@ -60,7 +64,7 @@ def candidates(operands: str, rows: int) -> Iterator[Path]:
 
 
 def random_weight(form: str, out_features: int, in_features: int, device: torch.device | str) -> CompressedWeight:
-    """A weight of random codes, spread as a trained layer's: rms about 0.7/√in. Orbits are rotated where they can be."""
+    """A weight of random codes, spread as a trained layer's: rms about 0.7/√in. Orbits are rotated if they can be."""
     rms = 0.7 / math.sqrt(in_features)
     shape = (out_features, in_features)
     if form == "birkhoff":
@@ -84,16 +88,35 @@ def random_weight(form: str, out_features: int, in_features: int, device: torch.
     )
 
 
-def device_seconds(call: Callable[[], Tensor]) -> float:
-    """Median time of a call on the GPU, with the L2 cache emptied between calls."""
-    return float(triton.testing.do_bench(call, warmup=5, rep=25, return_mode="median")) / 1000
+def device_seconds(*calls: Callable[[], Tensor], replays: int = 11) -> float:
+    """Median time of a call on the GPU: all are captured into one CUDA graph, so that no launch is waited for.
+
+    Give several that work on different memory where one's would stay in the L2 cache.
+    """
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays):
+        began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        began.record()
+        graph.replay()
+        ended.record()
+        ended.synchronize()
+        times.append(began.elapsed_time(ended) / 1000 / len(calls))
+    return float(statistics.median(times[1:]))
 
 
-def wall_seconds(call: Callable[[], Tensor]) -> float:
-    """Time of one call by the clock: for trying out the procedure where there is no GPU."""
+def wall_seconds(*calls: Callable[[], Tensor]) -> float:
+    """Mean time of a call by the clock: for trying out the procedure where there is no GPU."""
     began = time.perf_counter()
-    call()
-    return time.perf_counter() - began
+    for call in calls:
+        call()
+    return (time.perf_counter() - began) / len(calls)
 
 
 def measure(
@@ -118,7 +141,8 @@ def measure(
                 bound = None if number == len(rows) - 1 else count
                 for path in dict.fromkeys((best, plain)):
                     found.append(Entry((form,), (OPERANDS[dtype],), bound, None, path, measured=True))
-                tell(f"{form}, {dtype}, {count} rows: {best.way} {best.tile or best.decode}, {1e6 * scores[best]:.1f} µs")
+                where = f"{best.way} {best.tile or best.decode}"
+                tell(f"{form}, {dtype}, {count} rows: {where}, {1e6 * scores[best]:.1f} µs")
     return found
 
 
@@ -133,7 +157,7 @@ def _scores(
             continue  # there is nothing to decode
         try:
             times = [
-                timer(lambda x=x, w=w: linear(x, w, None, path=path))  # type: ignore[misc]
+                timer(*[functools.partial(linear, x, w, None, path=path)] * (_TIMES if device.type == "cuda" else 1))
                 for x, w in zip(inputs, weights, strict=True)
             ]
         except triton.runtime.errors.OutOfResources:
