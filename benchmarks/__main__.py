@@ -109,6 +109,27 @@ def variants(
                 show(f"{name:>20}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
 
 
+@app.command()
+def gpu(
+    smoke: Annotated[bool, typer.Option(help="Tiny sizes, through Triton's interpreter without a GPU.")] = False,
+    encoder: Annotated[bool, typer.Option(help="The whole SAM-H encoder too.")] = True,
+) -> None:
+    """Check and time the kernels on a GPU: SAM's layers beside their peers, and the SAM-H encoder; under 8 minutes."""
+    from benchmarks import gpu as benchmark
+
+    for row in benchmark.run(smoke=smoke, encoder=encoder):
+        show("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+
+
+@app.command()
+def gpu_compile() -> None:
+    """Compile the shipped kernels for Hopper, GPU or not: matrix instructions, registers, spills."""
+    from benchmarks import gpu_compile as benchmark
+
+    for row in benchmark.run():
+        show("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
+
+
 def _print(row: dict[str, Any]) -> None:
     for name, value in row.items():
         show(f"{name:>26}  {value:.4f}" if isinstance(value, float) else f"{name:>26}  {value}")

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from hypersam import __version__
+from hypersam.cli import bench
 from hypersam.codecs import DEFAULT_CODEC
 from hypersam.errors import HypersamError
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
+app.add_typer(bench.app, name="bench")
 _errors = Console(stderr=True, soft_wrap=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else.")]

@@ -1,7 +1,8 @@
 """The custom operators ``hypersam::…_linear``, one a codec: one name for torch.compile, a kernel a device.
 
 They are for inference: no gradient is registered. Every one raises ValueError for an ``x`` of another width and
-TypeError for one that is not floating.
+TypeError for one that is not floating. ``int8`` allows int8 operands, activations with a scale a token, where that is
+faster; devices without such a path compute as ever.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from kernels.hyperlinear import cpu, lattice, orbit
 
 
 @torch.library.custom_op("hypersam::birkhoff_linear", mutates_args=())
-def birkhoff_linear(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None) -> Tensor:
+def birkhoff_linear(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None, int8: bool = False) -> Tensor:
     """``x`` (…, in) times a compressed weight, plus ``bias``: (…, out) in ``x``'s dtype.
 
     ``indices``: int16 (out, ⌈in / 2⌉). ``pairs``: int64 (n,), two fp32 weights each. ``bias``: (out,) or None.
@@ -24,34 +25,49 @@ def birkhoff_linear(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | No
 
 
 @birkhoff_linear.register_kernel("cuda")
-def _cuda(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None) -> Tensor:
+def _birkhoff_cuda(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None, int8: bool = False) -> Tensor:
     _check_birkhoff(x, indices)
     # Imported where a GPU is at hand: machines without one need no triton.
-    from kernels.hyperlinear import triton_kernel
+    from kernels.hyperlinear import gpu
 
-    if x.dtype not in triton_kernel.SUPPORTED:
+    if x.dtype not in gpu.SUPPORTED:
         return cpu.linear(x, indices, pairs, bias)
     with torch.cuda.device(x.device):
-        return triton_kernel.linear(x, indices, pairs, bias)
+        return gpu.linear(x, gpu.CompressedWeight.birkhoff(indices, pairs, x.shape[-1]), bias, int8=int8)
 
 
 @birkhoff_linear.register_fake
-def _fake(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None) -> Tensor:
+def _birkhoff_fake(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None, int8: bool = False) -> Tensor:
     _check_birkhoff(x, indices)
     return x.new_empty((*x.shape[:-1], indices.shape[0]))
 
 
 @torch.library.custom_op("hypersam::lattice_linear", mutates_args=())
 def lattice_linear(
-    x: Tensor, levels: Tensor, step: float, index: Tensor, values: Tensor, bias: Tensor | None
+    x: Tensor, levels: Tensor, step: float, index: Tensor, values: Tensor, bias: Tensor | None, int8: bool = False
 ) -> Tensor:
     """``x`` (…, in) times a ``lattice`` weight, plus ``bias``: (…, out) in ``x``'s dtype. See ``lattice``."""
     _check(x, levels.shape[1])
     return lattice.linear(x, levels, step, index, values, bias)
 
 
+@lattice_linear.register_kernel("cuda")
+def _lattice_cuda(
+    x: Tensor, levels: Tensor, step: float, index: Tensor, values: Tensor, bias: Tensor | None, int8: bool = False
+) -> Tensor:
+    _check(x, levels.shape[1])
+    from kernels.hyperlinear import gpu
+
+    if x.dtype not in gpu.SUPPORTED:
+        return lattice.linear(x, levels, step, index, values, bias)
+    with torch.cuda.device(x.device):
+        return gpu.linear(x, gpu.CompressedWeight.lattice(levels, step, index, values), bias, int8=int8)
+
+
 @lattice_linear.register_fake
-def _lattice_fake(x: Tensor, levels: Tensor, step: float, index: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+def _lattice_fake(
+    x: Tensor, levels: Tensor, step: float, index: Tensor, values: Tensor, bias: Tensor | None, int8: bool = False
+) -> Tensor:
     _check(x, levels.shape[1])
     return x.new_empty((*x.shape[:-1], levels.shape[0]))
 
@@ -59,17 +75,32 @@ def _lattice_fake(x: Tensor, levels: Tensor, step: float, index: Tensor, values:
 @torch.library.custom_op("hypersam::orbit_linear", mutates_args=())
 def orbit_linear(
     x: Tensor, codes: Tensor, bits: int, table: Tensor, scales: Tensor, block: int, signs: Tensor,
-    index: Tensor, values: Tensor, bias: Tensor | None,
+    index: Tensor, values: Tensor, bias: Tensor | None, int8: bool = False,
 ) -> Tensor:  # fmt: skip
     """``x`` (…, in) times an ``orbit`` weight, plus ``bias``: (…, out) in ``x``'s dtype. See ``orbit``."""
     _check(x, signs.shape[0])
     return orbit.linear(x, orbit.Weight(codes, bits, table, scales, block, signs, index, values), bias)
 
 
+@orbit_linear.register_kernel("cuda")
+def _orbit_cuda(
+    x: Tensor, codes: Tensor, bits: int, table: Tensor, scales: Tensor, block: int, signs: Tensor,
+    index: Tensor, values: Tensor, bias: Tensor | None, int8: bool = False,
+) -> Tensor:  # fmt: skip
+    _check(x, signs.shape[0])
+    from kernels.hyperlinear import gpu
+
+    if x.dtype not in gpu.SUPPORTED:
+        return orbit.linear(x, orbit.Weight(codes, bits, table, scales, block, signs, index, values), bias)
+    weight = gpu.CompressedWeight.orbit(codes, bits, table, scales, block, signs, index, values)
+    with torch.cuda.device(x.device):
+        return gpu.linear(x, weight, bias, int8=int8)
+
+
 @orbit_linear.register_fake
 def _orbit_fake(
     x: Tensor, codes: Tensor, bits: int, table: Tensor, scales: Tensor, block: int, signs: Tensor,
-    index: Tensor, values: Tensor, bias: Tensor | None,
+    index: Tensor, values: Tensor, bias: Tensor | None, int8: bool = False,
 ) -> Tensor:  # fmt: skip
     _check(x, signs.shape[0])
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
