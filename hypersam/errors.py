@@ -107,6 +107,11 @@ class PromptError(HypersamError):
 
     code = "bad_prompt"
 
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        """Where in the request the fault lies, such as ``prompts.0.box``."""
+
 
 class UnknownModel(HypersamError):
     """No compressed model has that name."""
@@ -178,6 +183,11 @@ class Overloaded(Unavailable):
     """More requests wait than the service lets wait."""
 
     code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        """Seconds after which there may be room."""
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,14 @@ def to_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
     """A mask (H, W) as COCO's compressed run-length encoding: ``{"size": [H, W], "counts": "…"}``."""
     encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+
+
+def from_rle(rle: Mapping[str, Any]) -> NDArray[np.bool_]:
+    """The mask (H, W) of COCO's compressed run-length encoding."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools sets an array's shape, which numpy deprecates
+        mask: NDArray[np.bool_] = np.asarray(coco.decode(dict(rle))).astype(bool)
+    return mask
 
 
 def to_png(mask: NDArray[np.bool_]) -> bytes:
