@@ -7,6 +7,7 @@ import io
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,27 +16,34 @@ from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import Sam
 
-from hypersam.engine import Engine, Everything, Grid, ModelFile
+from hypersam.engine import Engine, Everything, Found, Grid, ModelFile
 from hypersam.sam.detect import detect
 from hypersam.settings import Settings
-from tests.models import ModelSize, official_sam, save_checkpoint
+from tests.models import ModelSize, official_sam
 
-SIZE = ModelSize(image=128, patch=8, dim=48, depth=2, heads=2, window=4, global_blocks=(1,), prompt_dim=32)
+ASSETS = files("hypersam") / "assets"
 
 
 @pytest.fixture(scope="module")
 def scene() -> np.ndarray:
-    data = (files("hypersam") / "assets" / "scenes" / "scene_0.png").read_bytes()
-    with Image.open(io.BytesIO(data)) as image:
-        return np.asarray(image.convert("RGB").resize((180, 130)))
+    with Image.open(io.BytesIO((ASSETS / "scenes" / "scene_0.png").read_bytes())) as image:
+        return np.asarray(image.convert("RGB"))[:180, :]
 
 
 @pytest.fixture(scope="module")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelFile, Sam]:
-    """The engine serves an ordinary checkpoint as well, so both sides compute with the same weights."""
-    path = save_checkpoint(tmp_path_factory.mktemp("dense") / "dense.pth", SIZE)
-    assert detect(official_sam(SIZE).state_dict(), name="dense.pth").variant == "sam_vit"
-    return ModelFile("dense", path, "d" * 64), official_sam(SIZE)
+def dense() -> tuple[ModelFile, Sam]:
+    """The carried small SAM, as the engine serves its checkpoint and in segment-anything's own classes."""
+    path = Path(str(ASSETS / "small_sam.pth"))
+    state = torch.load(path, weights_only=True)
+    config = detect(state, name=path.name).config
+    size = ModelSize(
+        image=config.image_size, patch=config.patch, dim=config.embed_dim, depth=config.depth, heads=config.heads,
+        window=max(config.windows), prompt_dim=config.decoder.dim,
+        global_blocks=tuple(i for i, window in enumerate(config.windows) if not window),
+    )  # fmt: skip
+    sam = official_sam(size, mlp_dim=config.decoder.mlp_dim, iou_hidden=config.decoder.iou_hidden)
+    sam.load_state_dict(state)
+    return ModelFile("dense", path, "d" * 64), sam
 
 
 @pytest.fixture
@@ -49,38 +57,36 @@ def ask(engine: Engine, file: ModelFile, image: np.ndarray | None, grid: Grid, i
     return asyncio.run(engine.everything(file, image, grid, image_id=image_id))
 
 
-def thresholds(engine: Engine, file: ModelFile, image: np.ndarray, side: int) -> tuple[float, float]:
-    """Medians of a random model's scores, so that each filter both keeps and drops."""
-    loose = Grid(side, pred_iou_thresh=-100, stability_score_thresh=-1, box_nms_thresh=1.0)
-    found = ask(engine, file, image, loose).masks
-    assert len(found) == 3 * side * side
-    return float(np.median([m.score for m in found])), float(np.median([m.stability for m in found]))
-
-
 def test_the_masks_are_those_of_the_original(engine: Engine, dense: tuple[ModelFile, Sam], scene: np.ndarray) -> None:
     file, sam = dense
-    iou, stability = thresholds(engine, file, scene, 9)
-    for nms in (0.95, 0.7):
+    for iou, stability, nms in ((0.01, 0.01, 0.95), (0.3, 0.5, 0.7), (0.5, 0.3, 0.4)):
         theirs = SamAutomaticMaskGenerator(
-            sam, points_per_side=9, points_per_batch=17, pred_iou_thresh=iou, stability_score_thresh=stability,
+            sam, points_per_side=7, points_per_batch=17, pred_iou_thresh=iou, stability_score_thresh=stability,
             box_nms_thresh=nms, output_mode="binary_mask",
         )  # fmt: skip
         with torch.inference_mode():
             wanted = theirs.generate(scene)
-        answer = ask(engine, file, scene, Grid(9, iou, stability, box_nms_thresh=nms))
-        assert (answer.width, answer.height) == (180, 130)
-        mine = answer.masks
+        answer = ask(engine, file, scene, Grid(7, iou, stability, box_nms_thresh=nms))
+        assert (answer.width, answer.height) == (scene.shape[1], scene.shape[0])
         assert len(wanted) >= 3
-        assert len(mine) == len(wanted)
-        for a, b in zip(mine, wanted, strict=True):
-            assert (a.mask != b["segmentation"]).mean() < 1e-3
-            assert a.score == pytest.approx(b["predicted_iou"], abs=1e-5)
-            assert a.stability == pytest.approx(b["stability_score"], abs=1e-3)
-            assert a.point == pytest.approx(b["point_coords"][0])
-            assert a.area == pytest.approx(b["area"], abs=20)
-            x, y, w, h = b["bbox"]
-            if a.area:
-                assert a.bbox == pytest.approx((x, y, w + 1, h + 1), abs=2)
+        # A score within rounding of a threshold, or a box's IoU of the suppression's, may fall to either side.
+        pairs = [(a, b) for b in wanted for a in answer.masks if same(a, b)]
+        odd = max(1, len(wanted) // 50)
+        assert len(wanted) - len(pairs) <= odd
+        assert len(answer.masks) - len(pairs) <= odd
+        for mine, other in pairs:
+            assert mine.score == pytest.approx(other["predicted_iou"], abs=1e-4)
+            assert mine.stability == pytest.approx(other["stability_score"], abs=2e-3)
+            assert mine.area == pytest.approx(other["area"], abs=10)
+            x, y, w, h = other["bbox"]  # theirs has the width to the last pixel, COCO's is one more
+            assert mine.bbox == pytest.approx((x, y, w + 1, h + 1), abs=1)
+        assert [m.score for m in answer.masks] == sorted((m.score for m in answer.masks), reverse=True)
+
+
+def same(mine: Found, other: dict[str, Any]) -> bool:
+    """The same mask found by the same click."""
+    there = mine.point == pytest.approx(other["point_coords"][0])
+    return there and bool((mine.mask != other["segmentation"]).mean() < 2e-4)
 
 
 def test_nothing_passes(engine: Engine, dense: tuple[ModelFile, Sam], scene: np.ndarray) -> None:
