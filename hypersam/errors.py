@@ -94,6 +94,7 @@ class ImageError(HypersamError):
     """The picture cannot be decoded or is outside the limits."""
 
     code = "bad_image"
+    field = "image"
 
 
 class ImageTooLarge(ImageError):

@@ -19,7 +19,8 @@ from hypersam.store import ArtifactStore
 from service import errors
 from service.deps import State
 from service.metrics import MeasureRequests, Metrics
-from service.routes import compress, health, jobs, models, segment
+from service.request_ids import RequestIds
+from service.routes import compress, health, jobs, label_studio, models, osam, segment
 from service.schemas import Problem
 
 PICTURES_AT_ONCE = 2  # being decoded: each may take hundreds of MB, and a core
@@ -58,7 +59,8 @@ def create_app(settings: Settings) -> FastAPI:
     )
     errors.install(app)
     app.add_middleware(MeasureRequests, metrics=metrics)
-    for module in (compress, jobs, models, segment, health):
+    app.add_middleware(RequestIds)  # around the others: what they log has its id
+    for module in (compress, jobs, models, segment, osam, label_studio, health):
         app.include_router(module.router)
 
     @app.get("/", include_in_schema=False)

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
 
@@ -92,8 +92,9 @@ class DeviceThread:
             self._closing = True
             self._wake.notify()
         self._thread.join()
-        for task in (*self._encodes, *self._decodes):
-            future: Future[object] = task.flight.future if isinstance(task, Encode) else task.future  # type: ignore[assignment]
+        waiting: list[Future[Any]] = [task.flight.future for task in self._encodes]
+        waiting += [task.future for task in self._decodes]
+        for future in waiting:
             if not future.done():
                 future.set_exception(Unavailable("the service is shutting down"))
 

@@ -219,9 +219,7 @@ class Engine:
         if self._inside >= self._max_waiting:
             self._rejected += 1
             wait = min(60, max(1, math.ceil(self._pace * self._inside / 2)))
-            raise Overloaded(
-                f"{self._inside} requests are waiting already; try again in {wait} s", retry_after=wait
-            )
+            raise Overloaded(f"{self._inside} requests are waiting already; try again in {wait} s", retry_after=wait)
 
     async def _embed(
         self,
@@ -234,9 +232,10 @@ class Engine:
         """The model and the picture's embedding. ``check`` is called with (width, height) as soon as it is known."""
         image: NDArray[np.uint8] | None = None
         if picture is not None:
-            image, image_id = await self._on(self._before, _identified, picture)
-            check((image.shape[1], image.shape[0]))
-        elif image_id is None:
+            pixels, image_id = await self._on(self._before, _identified, picture)
+            image = pixels
+            check((pixels.shape[1], pixels.shape[0]))
+        if image_id is None:
             raise PromptError("a picture or an image_id is needed", field="image")
         clock.lap("image")
         resident = await self._models.get(file)
@@ -248,6 +247,7 @@ class Engine:
             if image is None and not self._embeddings.under_way(key):
                 raise UnknownImage(f"no embedding of image {image_id} is held for model {file.id}; send the picture")
             embedding, lookup = await self._encode(resident, key, image, clock)
+        clock.laps.setdefault("encode", 0.0)
         self._lookups[file.id, lookup] += 1
         if image is None:
             height, width = embedding.original_size
@@ -263,9 +263,7 @@ class Engine:
         clock.lap("queue", flight.spent)
         return embedding, "joined" if joined else "miss"
 
-    def _resize(
-        self, resident: Resident, key: Key, image: NDArray[np.uint8] | None, flight: Flight[Embedding]
-    ) -> None:
+    def _resize(self, resident: Resident, key: Key, image: NDArray[np.uint8] | None, flight: Flight[Embedding]) -> None:
         """A flight's first stage; the device thread does the rest."""
         try:
             # Another flight may have landed between this one's look at the cache and its start.
@@ -289,9 +287,7 @@ class Engine:
         clock.lap("queue", {"decode": took})
         return decoded
 
-    async def _on(
-        self, pool: ThreadPoolExecutor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
+    async def _on(self, pool: ThreadPoolExecutor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         future: Future[T] = pool.submit(call, *args, **kwargs)
         return await asyncio.wrap_future(future)
 

@@ -45,7 +45,8 @@ class Grid:
     def points(self, width: int, height: int) -> NDArray[np.float64]:
         """The grid's points (n², 2) in pixels (x, y), each in the middle of its cell."""
         unit: NDArray[np.float64] = build_point_grid(self.points_per_side)
-        return unit * np.array([[width, height]])
+        scaled: NDArray[np.float64] = unit * np.array([[width, height]])
+        return scaled
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class ModelPool:
                 del self._held[other]
 
     def move_to_cpu(self, file: ModelFile) -> Resident:
-        """Load the model on the CPU instead, for as long as it stays in memory. Raises Unavailable on the CPU itself."""
+        """Load the model on the CPU instead, until it leaves memory. Raises Unavailable on the CPU itself."""
         if self._device == _CPU:
             raise Unavailable(f"there is not enough memory for model {file.id!r}; a smaller model may fit")
         held = self.find(file.digest)

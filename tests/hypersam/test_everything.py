@@ -53,7 +53,9 @@ def engine(tmp_path: Path) -> Iterator[Engine]:
     made.close()
 
 
-def ask(engine: Engine, file: ModelFile, image: np.ndarray | None, grid: Grid, image_id: str | None = None) -> Everything:
+def ask(
+    engine: Engine, file: ModelFile, image: np.ndarray | None, grid: Grid, image_id: str | None = None
+) -> Everything:
     return asyncio.run(engine.everything(file, image, grid, image_id=image_id))
 
 
