@@ -6,7 +6,10 @@ The clients are coroutines of this process, each with one request under way at a
 from __future__ import annotations
 
 import asyncio
+import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
@@ -23,7 +26,18 @@ from hypersam.loading import load
 
 CLIENTS = (1, 8, 64)
 CLICK = {"points": [[128, 128]], "point_labels": [1]}
-_HEALTH_EVERY_S = 0.02
+_WATCH = """
+import http.client, json, select, sys, time
+from urllib.parse import urlsplit
+connection = http.client.HTTPConnection(urlsplit(sys.argv[1]).netloc, timeout=60)
+times = []
+while not times or not select.select([sys.stdin], [], [], 0.02)[0]:
+    began = time.perf_counter()
+    connection.request("GET", "/healthz")
+    connection.getresponse().read()
+    times.append(1000 * (time.perf_counter() - began))
+print(json.dumps(times))
+"""
 
 Ask = Callable[[httpx.AsyncClient], Awaitable[dict[str, Any]]]
 
@@ -35,7 +49,7 @@ def run(checkpoint: Path, seconds: float, new_pictures: int, memory_requests: in
     sent at each; ``memory_requests``: how many go by between two looks at the memory.
     """
     name = checkpoint.stem
-    with service(checkpoint) as served:
+    with service(checkpoint, max_batch="8") as served:
         bare = _bare(served)
         rows = asyncio.run(_measure(served, seconds, new_pictures, bare))
         for row in rows:
@@ -129,7 +143,6 @@ async def _segment(client: httpx.AsyncClient, **body: Any) -> dict[str, Any]:
 async def _load(served: Served, clients: int, ask: Ask, more: Callable[[], bool]) -> dict[str, Any]:
     latencies: list[float] = []
     own: list[float] = []
-    health: list[float] = []
 
     async def one() -> None:
         async with httpx.AsyncClient(base_url=served.url, timeout=300) as client:
@@ -139,19 +152,14 @@ async def _load(served: Served, clients: int, ask: Ask, more: Callable[[], bool]
                 latencies.append(1000 * (time.perf_counter() - began))
                 own.append(timings["service"])
 
-    async def watch() -> None:
-        async with httpx.AsyncClient(base_url=served.url, timeout=60) as client:
-            while True:
-                began = time.perf_counter()
-                (await client.get("/healthz")).raise_for_status()
-                health.append(1000 * (time.perf_counter() - began))
-                await asyncio.sleep(_HEALTH_EVERY_S)
-
-    watching = asyncio.create_task(watch())
+    # In a process of its own: this one is busy being the clients.
+    watching = subprocess.Popen(
+        [sys.executable, "-c", _WATCH, served.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     began = time.perf_counter()
     await asyncio.gather(*(one() for _ in range(clients)))
     took = time.perf_counter() - began
-    watching.cancel()
+    health: list[float] = json.loads(watching.communicate()[0])
     return {
         "clients": clients, "requests": len(latencies), "requests_per_s": len(latencies) / took,
         "p50_ms": statistics.median(latencies), "p99_ms": float(np.percentile(latencies, 99)),

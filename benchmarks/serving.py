@@ -65,7 +65,7 @@ def started(data: Path, **settings: str) -> Iterator[tuple[Served, httpx.Client]
 
 
 def environment_for(data: Path, port: int, settings: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment with the service's settings."""
+    """The environment of a service with these settings."""
     own = {"data_dir": str(data), "port": str(port), "log_level": "error", "register_default": "false", **settings}
     return os.environ | {f"HYPERSAM_{name.upper()}": value for name, value in own.items()}
 

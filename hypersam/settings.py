@@ -45,7 +45,10 @@ class Settings(BaseSettings):
     max_grid: PositiveInt = Field(64, description="points a side that /segment/everything may be asked for")
     embedding_cache_bytes: int = Field(512 * MIB, ge=0)
     embedding_ttl: PositiveInt = Field(3600, description="an embedding is kept so long after it was last used")
-    max_batch: PositiveInt = Field(8, description="pictures that one call of an encoder takes")
+    max_batch: PositiveInt | None = Field(
+        None,
+        description="pictures that one call of an encoder takes; none: 8 on a GPU, 1 on a CPU, which gains nothing",
+    )
     resident_bytes: PositiveInt = Field(4 * GIB, description="what all models in memory may hold together")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the image encoder")

@@ -65,7 +65,8 @@ class Engine:
         dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
         self._cache = EmbeddingCache(settings.embedding_cache_bytes, settings.embedding_ttl)
         self._models = ModelPool(self._device_name, dtype, settings.resident_bytes, self._cache.forget)
-        self._device = DeviceThread(self._models, self._cache, settings.max_batch)
+        batch = settings.max_batch or (1 if self._device_name.type == "cpu" else 8)
+        self._device = DeviceThread(self._models, self._cache, batch)
         self._embeddings: Flights[Key, Embedding] = Flights()
         self._before = ThreadPoolExecutor(PICTURES_AT_ONCE, thread_name_prefix="hypersam-before")
         self._after = ThreadPoolExecutor(PICTURES_AT_ONCE, thread_name_prefix="hypersam-after")

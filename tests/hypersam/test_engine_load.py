@@ -339,7 +339,7 @@ class Shortage:
 def test_a_batch_too_large_for_the_memory_is_halved(
     start: Callable[..., Engine], files: tuple[ModelFile, ModelFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine, gate = start(), Gate(monkeypatch)
+    engine, gate = start(max_batch=8), Gate(monkeypatch)
     short = Shortage(monkeypatch, room=2)
 
     async def crowd() -> list[Segmentation]:
