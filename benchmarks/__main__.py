@@ -53,7 +53,7 @@ def load(
 @app.command()
 def firstclick(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint to compress and serve.")] = SMALL_SAM,
-    repeats: Annotated[int, typer.Option(min=2, help="Fresh processes of each kind.")] = 4,
+    repeats: Annotated[int, typer.Option(min=1, help="Fresh processes of each kind and state.")] = 4,
 ) -> None:
     """Time from a fresh process to the first mask, cold and warm, by parts."""
     from benchmarks import firstclick as benchmark
