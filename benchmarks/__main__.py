@@ -36,14 +36,31 @@ def compression(
 
 
 @app.command()
-def serving(
+def load(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint to compress and serve.")] = SMALL_SAM,
-    requests: Annotated[int, typer.Option(min=3, help="Requests of each kind.")] = 50,
+    seconds: Annotated[float, typer.Option(min=1, help="Of clicks on a held picture, at each number of clients.")] = 20,
+    pictures: Annotated[int, typer.Option(min=64, help="New pictures at each number of clients.")] = 256,
+    requests: Annotated[int, typer.Option(min=10, help="Between two looks at the memory.")] = 20_000,
 ) -> None:
-    """Time of POST /segment: cold, new picture, cached embedding, and the service's own share."""
-    from benchmarks import serving as benchmark
+    """Requests a second and latency at 1, 8 and 64 clients, the service's share, memory, and what batching gains."""
+    from benchmarks import load as benchmark
 
-    _print(benchmark.run(checkpoint, requests))
+    for row in benchmark.run(checkpoint, seconds, pictures, requests):
+        _print(row)
+        show("")
+
+
+@app.command()
+def firstclick(
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint to compress and serve.")] = SMALL_SAM,
+    repeats: Annotated[int, typer.Option(min=1, help="Fresh processes of each kind and state.")] = 4,
+) -> None:
+    """Time from a fresh process to the first mask, cold and warm, by parts."""
+    from benchmarks import firstclick as benchmark
+
+    for row in benchmark.run(checkpoint, repeats):
+        _print(row)
+        show("")
 
 
 @app.command()

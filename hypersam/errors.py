@@ -100,6 +100,7 @@ class ImageError(HypersamError):
     """The picture cannot be decoded or is outside the limits."""
 
     code = "bad_image"
+    field = "image"
 
 
 class ImageTooLarge(ImageError):
@@ -112,6 +113,11 @@ class PromptError(HypersamError):
     """Points, labels, boxes or mask inputs that do not fit the picture, each other or the model."""
 
     code = "bad_prompt"
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
+        """Where in the request the fault lies, such as ``prompts.0.box``."""
 
 
 class UnknownModel(HypersamError):
@@ -184,6 +190,11 @@ class Overloaded(Unavailable):
     """More requests wait than the service lets wait."""
 
     code = "overloaded"
+
+    def __init__(self, message: str, *, retry_after: int = 5) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+        """Seconds after which there may be room."""
 
 
 @contextmanager

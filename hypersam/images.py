@@ -6,9 +6,12 @@ import io
 import struct
 import warnings
 import zlib
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from contourpy import FillType, contour_generator
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from pycocotools import mask as coco
@@ -113,6 +116,54 @@ def to_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
     """A mask (H, W) as COCO's compressed run-length encoding: ``{"size": [H, W], "counts": "…"}``."""
     encoded = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(n) for n in encoded["size"]], "counts": encoded["counts"].decode("ascii")}
+
+
+def from_rle(rle: Mapping[str, Any]) -> NDArray[np.bool_]:
+    """The mask (H, W) of COCO's compressed run-length encoding."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools sets an array's shape, which numpy deprecates
+        mask: NDArray[np.bool_] = np.asarray(coco.decode(dict(rle))).astype(bool)
+    return mask
+
+
+def to_polygons(mask: NDArray[np.bool_]) -> list[list[list[list[float]]]]:
+    """A mask (H, W) as polygons: for each region its outer ring and its holes, closed rings of [x, y] in pixels.
+
+    Rings run half-way between the centres of pixels inside and outside, so that a filling by pixel centres gives the
+    mask again; outer rings have a positive area in (x, y), holes a negative one. Regions that touch at a corner are
+    one or two, as marching squares has it.
+    """
+    height, width = mask.shape
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return []
+    top, left = int(rows[0]), int(columns[0])
+    part = mask[top : rows[-1] + 1, left : columns[-1] + 1]
+    lines = contour_generator(z=np.pad(part, 1).astype(np.float32), fill_type=FillType.OuterOffset)
+    polygons = []
+    filled: Any = lines.filled(0.5, 2.0)  # points and offsets, as OuterOffset gives them
+    for each, starts in zip(*filled, strict=True):
+        # Index 1 of the padded part is its first pixel, whose centre is at half a pixel.
+        shifted = each + np.array([left - 0.5, top - 0.5])
+        rings = [shifted[a:b] for a, b in pairwise(starts.tolist())]
+        polygons.append([_corners(np.clip(ring, 0, (width, height))).tolist() for ring in rings])
+    return polygons
+
+
+def _corners(ring: NDArray[np.float64]) -> NDArray[np.float64]:
+    """A closed ring without the points that lie on a line between their neighbours."""
+    points = ring[:-1]
+    before, after = points - np.roll(points, 1, axis=0), np.roll(points, -1, axis=0) - points
+    turns = before[:, 0] * after[:, 1] - before[:, 1] * after[:, 0] != 0
+    kept = points[turns]
+    return np.concatenate([kept, kept[:1]])
+
+
+def to_npy(values: NDArray[np.float32]) -> bytes:
+    """An array as a .npy file."""
+    out = io.BytesIO()
+    np.save(out, np.ascontiguousarray(values), allow_pickle=False)
+    return out.getvalue()
 
 
 def to_png(mask: NDArray[np.bool_]) -> bytes:

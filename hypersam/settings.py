@@ -48,11 +48,19 @@ class Settings(BaseSettings):
     max_points: PositiveInt = Field(1024, description="points of one prompt")
     max_waiting_jobs: PositiveInt = Field(1000, description="queued jobs before POST /compress answers 503")
 
+    max_images: PositiveInt = Field(16, description="pictures of one /segment request")
+    max_grid: PositiveInt = Field(64, description="points a side that /segment/everything may be asked for")
     embedding_cache_bytes: int = Field(512 * MIB, ge=0)
+    embedding_ttl: PositiveInt = Field(3600, description="an embedding is kept so long after it was last used")
+    max_batch: PositiveInt | None = Field(
+        None,
+        description="pictures that one call of an encoder takes; none: 8 on a GPU, 1 on a CPU, which gains nothing",
+    )
     resident_bytes: PositiveInt = Field(4 * GIB, description="what all models in memory may hold together")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the image encoder")
     max_waiting: PositiveInt = Field(64, description="waiting /segment requests before the next gets 503")
+    drain_seconds: PositiveInt = Field(30, description="what runs when the service is told to stop has so long to end")
 
     api_keys: tuple[str, ...] = Field(
         (), description="lines of `hypersam keys new`; none here and no file: all is open"
@@ -70,7 +78,11 @@ class Settings(BaseSettings):
 
     default_model: Name = Field("small_sam", description="the name of the small SAM that the package carries")
     register_default: bool = Field(True, description="queue that model's compression at the first start")
+    label_studio_url: str | None = Field(None, description="the Label Studio whose pictures may be fetched")
+    label_studio_token: str | None = Field(None, repr=False, description="its API token, sent with those requests")
+
     log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"
+    log_format: Literal["text", "json"] = Field("text", description="json: one object a line")
 
     @field_validator("api_keys")
     @classmethod

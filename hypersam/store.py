@@ -129,6 +129,7 @@ class ArtifactStore:
         self.artifacts = self.root / "artifacts"
         self.registrations = self.root / "models"
         self.work = self.root / "work"
+        self._records: dict[str, tuple[tuple[int, int, int], ModelRecord]] = {}  # by name, with their files' versions
         for folder in (self.uploads, self.artifacts, self.registrations, self.work):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -200,10 +201,17 @@ class ArtifactStore:
         if not NAME.fullmatch(name):
             return None
         try:
-            text = (self.registrations / f"{name}.json").read_text(encoding="utf-8")
+            with (self.registrations / f"{name}.json").open(encoding="utf-8") as file:
+                # Every request for a mask asks, and a large model's report takes milliseconds to parse.
+                seen = os.fstat(file.fileno())
+                version = (seen.st_ino, seen.st_mtime_ns, seen.st_size)
+                held = self._records.get(name)
+                if held is None or held[0] != version:
+                    held = self._records[name] = (version, ModelRecord(**json.load(file)))
+                return held[1]
         except (FileNotFoundError, NotADirectoryError):
+            self._records.pop(name, None)
             return None
-        return ModelRecord(**json.loads(text))
 
     def model(self, name: str) -> ModelRecord:
         """Return the record of a name, or raise ``UnknownModel``."""

@@ -22,7 +22,8 @@ from service.deps import State
 from service.guard import Guard, secured
 from service.metrics import MeasureRequests, Metrics
 from service.openapi import document_of
-from service.routes import compress, health, jobs, models, segment
+from service.request_ids import RequestIds
+from service.routes import compress, health, jobs, label_studio, models, osam, segment
 from service.schemas import Problem
 
 PICTURES_AT_ONCE = 2  # being decoded: each may take hundreds of MB, and a core
@@ -69,9 +70,10 @@ def create_app(settings: Settings) -> FastAPI:
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "X-API-Key", "Content-Type", "Last-Event-ID"],
-            expose_headers=["Location", "Retry-After", "Server-Timing", "X-Image-Id"],
+            expose_headers=["Location", "Retry-After", "Server-Timing", "X-Image-Id", "X-Request-Id"],
         )
-    for module in (compress, jobs, models, segment, health):
+    app.add_middleware(RequestIds)  # around the others: what they log has its id
+    for module in (compress, jobs, models, segment, osam, label_studio, health):
         app.include_router(module.router)
 
     @app.get("/", include_in_schema=False)

@@ -112,7 +112,7 @@ async def _known(_: Request, error: Exception) -> Response:
     status = status_of(error)
     headers: dict[str, str] = {}
     if status == 503:
-        headers["Retry-After"] = "5"
+        headers["Retry-After"] = str(getattr(error, "retry_after", 5))
     if status == 413:
         headers["Connection"] = "close"  # the rest of the body is not read
     if isinstance(error, redis.RedisError):
@@ -125,7 +125,9 @@ async def _known(_: Request, error: Exception) -> Response:
     if status >= 500:
         log.error("%s: %s", type(error).__name__, error)
     code = error.code if isinstance(error, errors.HypersamError) else "error"
-    return problem(status, code, str(error), headers=headers)
+    field = getattr(error, "field", None)
+    more = {"errors": [{"loc": field.split("."), "msg": str(error)}]} if field else {}
+    return problem(status, code, str(error), headers=headers, **more)
 
 
 async def _validation(_: Request, error: Exception) -> Response:

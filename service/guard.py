@@ -28,11 +28,15 @@ log = logging.getLogger(__name__)
 
 _UNREAD = {"Connection": "close"}  # the body, which may be gigabytes, is not read
 
-OPEN = frozenset({"/", "/healthz", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
+OPEN = frozenset({"/", "/healthz", "/health", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
 # The first row that fits decides: methods ("*" any), beginning of the path, scopes of which one is enough.
 RULES: Sequence[tuple[str, str, tuple[str, ...]]] = (
     ("POST", "/segment", ("segment",)),
     ("POST", "/embed", ("segment",)),
+    ("POST", "/api/generate", ("segment",)),
+    ("*", "/label-studio", ("segment",)),
+    ("POST", "/setup", ("segment",)),
+    ("POST", "/predict", ("segment",)),
     ("POST", "/compress", ("compress",)),
     ("POST", "/plan", ("compress",)),
     ("*", "/jobs", ("compress",)),

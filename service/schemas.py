@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from hypersam.codecs import DEFAULT_CODEC
 from hypersam.jobs import JobState, JobView
@@ -13,19 +13,25 @@ from hypersam.store import ModelRecord
 
 Pair = tuple[float, float]
 Box = tuple[float, float, float, float]
-MaskFormat = Literal["rle", "png"]
+MaskFormat = Literal["rle", "png", "polygon", "geojson", "npy"]
 MASK_SIDE = 1024  # at most, of a mask input
-# Far beyond what a model answers, and far below what overflows in one.
-Logit = Annotated[float, Field(ge=-1e6, le=1e6, allow_inf_nan=False)]
+MOST_LOGIT = 1e6  # far beyond what a model answers, and far below what overflows in one
+Logit = Annotated[float, Field(ge=-MOST_LOGIT, le=MOST_LOGIT, allow_inf_nan=False)]
 # The first error is enough: a list of millions of wrong values must not make millions of messages.
 Row = Annotated[list[Logit], Field(fail_fast=True, min_length=1, max_length=MASK_SIDE)]
 Logits = Annotated[list[Row], Field(fail_fast=True, min_length=1, max_length=MASK_SIDE)]
+MaskInput = Annotated[
+    Annotated[Logits, Tag("rows")] | Annotated[str, Field(max_length=12 << 20), Tag("npy")],
+    Discriminator(lambda given: "npy" if isinstance(given, str) else "rows"),
+]
+Label = Annotated[int, Field(ge=-1, le=3)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class Strict(BaseModel):
     """Refuses what it does not know, so that a misspelt field is an error and not a surprise."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", populate_by_name=True)
 
 
 class Source(Strict):
@@ -150,53 +156,151 @@ class Models(BaseModel):
 
 
 class PromptBody(Strict):
-    """One thing to find, in pixels of the picture as sent."""
+    """One thing to find, in pixels of the picture as sent.
 
-    points: list[Pair] = Field(default_factory=list, fail_fast=True)
-    point_labels: list[int] = Field(
-        default_factory=list, fail_fast=True, description="1 inside, 0 outside; one a point"
+    The second names are those that other servers' clients send.
+    """
+
+    points: list[Pair] = Field(
+        default_factory=list,
+        fail_fast=True,
+        description="[[x, y], …]",
+        validation_alias=AliasChoices("points", "point_coords"),
     )
-    box: Box | None = Field(None, description="x0, y0, x1, y1")
-    mask_input: Logits | None = Field(
-        None, description="rows of logits, above 0 inside; as many rows and columns as the model's own low masks"
+    point_labels: list[Label] = Field(
+        default_factory=list,
+        fail_fast=True,
+        description="one a point: 1 inside, 0 outside, 2 and 3 a box's upper left and lower right corner, "
+        "-1 to be ignored; default: all 1",
+        validation_alias=AliasChoices("point_labels", "labels"),
+    )
+    box: Box | None = Field(None, description="[x0, y0, x1, y1]", validation_alias=AliasChoices("box", "bbox"))
+    mask_input: MaskInput | None = Field(
+        None,
+        description="logits of an earlier answer, above 0 inside, as many rows and columns as the model's own "
+        "low-resolution masks: rows of numbers, or a .npy file in base64 as the format npy gives it",
     )
 
     @field_validator("mask_input")
     @classmethod
-    def _rectangular(cls, rows: list[list[float]] | None) -> list[list[float]] | None:
-        if rows is not None and any(len(row) != len(rows[0]) for row in rows):
+    def _rectangular(cls, given: list[list[float]] | str | None) -> list[list[float]] | str | None:
+        if isinstance(given, list) and any(len(row) != len(given[0]) for row in given):
             raise ValueError("the rows of a mask input are equally long")
-        return rows
+        return given
+
+    def given(self) -> bool:
+        """Whether anything is asked for."""
+        return bool(self.points or self.point_labels or self.box is not None or self.mask_input is not None)
 
 
-class SegmentRequest(Strict):
-    """POST /segment as JSON."""
+class PictureBody(PromptBody):
+    """A picture and its prompts; a lone prompt's fields may stand beside the picture instead."""
+
+    image: str | None = Field(None, description="base64 of a PNG, JPEG, WebP, … file, or a data: URI")
+    image_id: str | None = Field(
+        None, max_length=64, description="of a picture sent before, while its embedding is held"
+    )
+    prompts: list[PromptBody] | None = Field(None, fail_fast=True, min_length=1)
+
+
+class SegmentRequest(PictureBody):
+    """POST /segment as JSON: one picture, or several in ``images``."""
 
     model: str
-    image: str | None = Field(None, description="base64 of a PNG, JPEG, WebP, … file")
-    image_id: str | None = Field(None, description="of a picture sent before, while its embedding is held")
-    prompts: list[PromptBody] = Field(min_length=1, fail_fast=True)
-    multimask: bool = False
+    images: list[PictureBody] | None = Field(None, fail_fast=True, min_length=1)
+    multimask: bool = Field(
+        False,
+        description="three masks a prompt, best first, instead of one",
+        validation_alias=AliasChoices("multimask", "multimask_output"),
+    )
     format: MaskFormat = "rle"
 
 
+class EverythingRequest(Strict):
+    """POST /segment/everything as JSON. Names and defaults are those of SamAutomaticMaskGenerator."""
+
+    model: str
+    image: str | None = Field(None, description="base64 of a PNG, JPEG, WebP, … file, or a data: URI")
+    image_id: str | None = Field(None, max_length=64, description="of a picture sent before")
+    points_per_side: int = Field(32, ge=1, description="of the grid; the operator sets a limit")
+    pred_iou_thresh: Finite = Field(0.88, description="masks of lower predicted IoU are dropped")
+    stability_score_thresh: Finite = Field(0.95, description="masks of lower stability are dropped")
+    stability_score_offset: Finite = Field(1.0, ge=0, description="logits by which the threshold is moved")
+    box_nms_thresh: Finite = Field(0.7, ge=0, le=1, description="of boxes that overlap more the better stays")
+    format: MaskFormat = "rle"
+
+
+class EmbedRequest(Strict):
+    """POST /embed as JSON."""
+
+    model: str
+    image: str = Field(description="base64 of a PNG, JPEG, WebP, … file, or a data: URI")
+
+
 class MaskBody(BaseModel):
-    """One mask: COCO's compressed RLE as an object, or a PNG (0 and 255) in base64."""
+    """One mask.
+
+    ``segmentation`` by format: ``rle`` COCO's compressed RLE, an object; ``png`` a PNG (0 and 255) in base64;
+    ``polygon`` COCO's polygons, [[x0, y0, x1, y1, …], …], outer rings only; ``geojson`` a MultiPolygon geometry with
+    holes; ``npy`` the low-resolution logits as a .npy file in base64. ``bbox`` is [x, y, width, height].
+    """
 
     prompt: int
     score: float
     bbox: tuple[int, int, int, int]
     area: int
-    segmentation: dict[str, Any] | str
+    segmentation: dict[str, Any] | list[list[float]] | str
 
 
-class SegmentResponse(BaseModel):
-    """Masks. Timings are milliseconds."""
+class FoundBody(BaseModel):
+    """One of everything: a mask, its stability score and the click that found it."""
 
-    model: str
+    score: float
+    stability_score: float
+    bbox: tuple[int, int, int, int]
+    area: int
+    point: Pair
+    segmentation: dict[str, Any] | list[list[float]] | str
+
+
+class PictureAnswer(BaseModel):
+    """What is said of a picture. Timings are milliseconds by stage."""
+
     image_id: str
     width: int
     height: int
-    cached: bool
-    masks: list[MaskBody]
+    cached: bool = Field(description="whether the embedding was at hand")
     timings: dict[str, float]
+
+
+class EmbedResponse(PictureAnswer):
+    """A picture whose embedding is held now."""
+
+    model: str
+
+
+class PictureMasks(PictureAnswer):
+    """Masks of one of several pictures."""
+
+    masks: list[MaskBody]
+
+
+class SegmentResponse(PictureMasks):
+    """Masks, by prompt and within a prompt the best first."""
+
+    model: str
+
+
+class SegmentManyResponse(BaseModel):
+    """Masks of several pictures, in the order in which they were sent."""
+
+    model: str
+    images: list[PictureMasks]
+    timings: dict[str, float]
+
+
+class EverythingResponse(PictureAnswer):
+    """Masks of everything found, the best first."""
+
+    model: str
+    masks: list[FoundBody]

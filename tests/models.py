@@ -30,7 +30,7 @@ class ModelSize:
 TINY = ModelSize(image=64, patch=8, dim=32, depth=2, heads=2, window=4, global_blocks=(1,), prompt_dim=32)
 
 
-def official_sam(size: ModelSize = TINY, *, seed: int = 0) -> Sam:
+def official_sam(size: ModelSize = TINY, *, seed: int = 0, mlp_dim: int = 128, iou_hidden: int = 64) -> Sam:
     """A random model; position tables and biases, which start at zero, are drawn too."""
     torch.manual_seed(seed)
     sam = Sam(
@@ -41,8 +41,8 @@ def official_sam(size: ModelSize = TINY, *, seed: int = 0) -> Sam:
         ),
         PromptEncoder(size.prompt_dim, (size.grid, size.grid), (size.image, size.image), 16),
         MaskDecoder(
-            transformer_dim=size.prompt_dim, iou_head_hidden_dim=64,
-            transformer=TwoWayTransformer(2, size.prompt_dim, 8, 128),
+            transformer_dim=size.prompt_dim, iou_head_hidden_dim=iou_hidden,
+            transformer=TwoWayTransformer(2, size.prompt_dim, 8, mlp_dim),
         ),
     ).eval()  # fmt: skip
     with torch.no_grad():

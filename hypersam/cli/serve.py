@@ -18,6 +18,7 @@ from types import FrameType
 import uvicorn
 from redis import RedisError
 
+from hypersam import logs
 from hypersam.codecs import CODEC_VERSION, DEFAULT_CODEC
 from hypersam.embedded_redis import EmbeddedRedis
 from hypersam.errors import HypersamError, NameTaken
@@ -128,8 +129,7 @@ def serve(settings: Settings, *, ready: Callable[[str], None] = announce) -> int
     Without ``settings.redis_url`` a Redis is started in the data folder. ``ready`` is called with the API's
     address once it accepts requests. Raises HypersamError if something cannot start.
     """
-    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=settings.log_level.upper(), format=form)
+    logs.configure(settings)
     try:
         return _serve(settings, ready)
     except SystemExit as end:  # by a signal, or by uvicorn when the port is taken
@@ -157,7 +157,7 @@ def _run_api(settings: Settings, ready: Callable[[str], None]) -> int:
 
     config = uvicorn.Config(
         create_app(settings), host=settings.host, port=settings.port, log_level=settings.log_level,
-        access_log=settings.log_level == "debug", timeout_graceful_shutdown=10,
+        access_log=settings.log_level == "debug", timeout_graceful_shutdown=settings.drain_seconds, log_config=None,
     )  # fmt: skip
     server = _Server(config, ready)
     server.run()

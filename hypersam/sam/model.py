@@ -6,6 +6,7 @@ two ways to call it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,20 +59,35 @@ class SamModel:
         held = [*self.network.parameters(), *self.network.buffers()]
         return sum(t.numel() * t.element_size() for t in held)
 
-    @torch.inference_mode()
     def embed(self, image: NDArray[np.uint8]) -> Embedding:
         """Run the image encoder over an RGB picture (uint8, H x W x 3)."""
+        return self.embed_resized(self.resized(image), (image.shape[0], image.shape[1]))
+
+    def resized(self, image: NDArray[np.uint8]) -> Tensor:
+        """An RGB picture (uint8, H x W x 3) as (1, 3, h, w) pixels for ``embed_resized``, on the CPU."""
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
-            raise PromptError(f"a picture is uint8 of shape (H, W, 3), got {image.dtype} {image.shape}")
-        return self.embed_resized(self.rules.resized(image, self.image_size), (image.shape[0], image.shape[1]))
+            raise PromptError(f"a picture is uint8 of shape (H, W, 3), got {image.dtype} {image.shape}", field="image")
+        return self.rules.resized(image, self.image_size)
+
+    def embed_resized(self, pixels: Tensor, original_size: tuple[int, int]) -> Embedding:
+        """The same for (1, 3, h, w) pixels that ``resized`` made."""
+        return self.embed_batch([(pixels, original_size)])[0]
 
     @torch.inference_mode()
-    def embed_resized(self, pixels: Tensor, original_size: tuple[int, int]) -> Embedding:
-        """The same for (1, 3, h, w) pixels that ``rules.resized`` made."""
-        size = (pixels.shape[-2], pixels.shape[-1])
-        x = self.rules.normalised(pixels.to(self.device, torch.float32), self.image_size)
-        parts = tuple(part.float() for part in self.network.encode(x.to(self.dtype)))
-        return Embedding(parts, original_size, size)
+    def embed_batch(self, pictures: Sequence[tuple[Tensor, tuple[int, int]]]) -> list[Embedding]:
+        """The same for several pictures in one call of the encoder, each with its original (height, width)."""
+        inputs = [self.rules.normalised(p.to(self.device, torch.float32), self.image_size) for p, _ in pictures]
+        parts = [part.float() for part in self.network.encode(torch.cat(inputs).to(self.dtype))]
+        alone = len(pictures) == 1
+        return [
+            # A slice would keep the whole batch in memory for as long as one of its pictures is remembered.
+            Embedding(
+                tuple(part if alone else part[row : row + 1].clone() for part in parts),
+                original_size,
+                (pixels.shape[-2], pixels.shape[-1]),
+            )
+            for row, (pixels, original_size) in enumerate(pictures)
+        ]
 
     def scale_coordinates(self, coordinates: Tensor, embedding: Embedding) -> Tensor:
         """(…, 2) pixels (x, y) of the picture as sent to pixels of the model's input."""

@@ -73,7 +73,7 @@ def test_an_embedding_is_made_once(engine: Engine, model: ModelFile) -> None:
     assert (first.cached, again.cached, by_id.cached) == (False, True, True)
     assert first.image_id == again.image_id == by_id.image_id == image_id_of(picture())
     assert by_id.masks[0].score == again.masks[0].score
-    assert engine.stats()["embedding_hits"] == 2
+    assert engine.stats()["lookups"] == {("a", "miss"): 1, ("a", "hit"): 2}
     with pytest.raises(UnknownImage):
         engine.segment_sync(model, None, [BOX], multimask=True, image_id="0" * 32)
     engine.forget(model.digest)
@@ -132,7 +132,7 @@ def test_a_model_deleted_meanwhile_is_unknown(engine: Engine, tmp_path: Path) ->
 
 
 def test_masks_of_a_request_are_bounded(engine: Engine, model: ModelFile, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hypersam.engine._MASK_BYTES", 2 * 3 * 50 * 60)
+    monkeypatch.setattr("hypersam.engine.engine.MASK_BYTES", 2 * 3 * 50 * 60)
     assert len(engine.segment_sync(model, picture(), [POINT, BOX], multimask=True).masks) == 6
     with pytest.raises(PromptError, match="fewer prompts"):
         engine.segment_sync(model, picture(), [POINT, BOX, BOX], multimask=True)

@@ -17,11 +17,17 @@ def test_ready_and_metrics(api: Api, model: str) -> None:
     api.http.post("/segment", files={"image": picture()}, data={"model": model, "points": "[[1, 1]]"})
     text = api.http.get("/metrics").text
     assert 'hypersam_request_seconds_count{method="POST",route="/segment",status="200"}' in text
-    assert 'hypersam_segment_stage_seconds_count{stage="encode"}' in text
+    assert f'hypersam_segment_stage_seconds_count{{model="{model}",stage="encode"}}' in text
+    assert f'hypersam_batch_size_bucket{{le="1.0",model="{model}"}}' in text
+    assert f'hypersam_embedding_lookups_total{{model="{model}",result="miss"}}' in text
+    assert 'hypersam_queue_length{stage="encode"} 0.0' in text
+    values = {name: float(value) for name, _, value in (line.rpartition(" ") for line in text.splitlines())
+              if not name.startswith("#")}  # fmt: skip
+    assert values[f'hypersam_resident_bytes{{model="{model}"}}'] > 0
+    assert values[f'hypersam_embedding_bytes{{model="{model}"}}'] > 0
+    assert values["hypersam_requests_inside"] == 0
     assert "hypersam_embedding_lookups_total" in text
     assert "hypersam_jobs_waiting 0.0" in text
-    resident = next(line for line in text.splitlines() if line.startswith("hypersam_resident_bytes"))
-    assert float(resident.split()[1]) > 0
 
 
 def test_the_page_and_the_description(api: Api) -> None:

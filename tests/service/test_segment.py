@@ -18,6 +18,7 @@ from PIL import Image
 from pycocotools import mask as coco
 
 import hypersam
+from hypersam.engine import ModelFile
 from hypersam.errors import ImageError
 from hypersam.settings import Settings
 from service.app import create_app
@@ -140,7 +141,7 @@ def test_few_pictures_are_decoded_at_once(tmp_path: Path, monkeypatch: pytest.Mo
     now, most = 0, 0
     lock = threading.Lock()
 
-    def slow(state: object, asked: object) -> None:
+    def slow(data: object, *, max_pixels: int) -> None:
         nonlocal now, most
         with lock:
             now += 1
@@ -150,11 +151,12 @@ def test_few_pictures_are_decoded_at_once(tmp_path: Path, monkeypatch: pytest.Mo
             now -= 1
         raise ImageError("that is enough")
 
-    monkeypatch.setattr(routes, "_prepare", slow)
+    monkeypatch.setattr(routes, "decode_image", slow)
+    monkeypatch.setattr(routes, "_model_file", lambda state, name: ModelFile(name, tmp_path / "m.hsam", "0" * 64))
     # No Redis answers there: the service starts all the same.
     settings = Settings(data_dir=tmp_path, redis_url="unix:///nowhere.sock", device="cpu", register_default=False)
     app = create_app(settings)
-    body = {"model": "m", "image_id": "x", "prompts": [{"box": [0, 0, 5, 5]}]}
+    body = {"model": "m", "image": base64.b64encode(picture()).decode(), "prompts": [{"box": [0, 0, 5, 5]}]}
 
     async def many() -> list[httpx.Response]:
         async with app.router.lifespan_context(app) as state:

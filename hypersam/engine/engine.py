@@ -1,0 +1,315 @@
+"""The engine: pictures and prompts in, masks out, for as many callers as may wait."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from hypersam.engine.cache import EmbeddingCache, Key
+from hypersam.engine.decoding import Decoded, full_masks
+from hypersam.engine.device import Decode, DeviceThread, Encode
+from hypersam.engine.everything import Everything, Found, Grid, click, sift, suppress
+from hypersam.engine.flights import Flight, Flights
+from hypersam.engine.prompts import ModelFile, Prompt, Segmentation, check_mask_inputs, check_prompts, image_id_of
+from hypersam.engine.residency import ModelPool, Resident
+from hypersam.errors import Overloaded, PromptError, Unavailable, UnknownImage
+from hypersam.loading import resolve_device
+from hypersam.sam.model import Embedding
+from hypersam.settings import Settings
+
+Picture = NDArray[np.uint8] | Callable[[], NDArray[np.uint8]]
+"""RGB pixels (uint8, H x W x 3), or what gives them: it runs on a thread of the engine's, few at a time."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+PICTURES_AT_ONCE = 2  # taken apart or put together: each may take hundreds of MB, and a core
+MASK_BYTES = 1 << 30
+"""Bytes of full-size masks, one a pixel, that one request may ask for."""
+_GRID_CHUNK = 64
+"""Points of a grid decoded between two looks at what else waits."""
+
+
+@dataclass(frozen=True)
+class _Embedded:
+    """A picture whose embedding is at hand."""
+
+    resident: Resident
+    embedding: Embedding
+    image_id: str
+    lookup: str
+
+
+class Engine:
+    """Serves prompts against compressed models.
+
+    ``settings`` gives the device, the encoder's dtype and batch, the bytes of models that may be resident, the bytes
+    and age of embeddings kept, and how many requests may wait. The coroutines may run on any event loop. One that
+    is cancelled takes what it waits for out of the queues.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._device_name = resolve_device(settings.device)
+        dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
+        self._cache = EmbeddingCache(settings.embedding_cache_bytes, settings.embedding_ttl)
+        self._models = ModelPool(self._device_name, dtype, settings.resident_bytes, self._cache.forget)
+        batch = settings.max_batch or (1 if self._device_name.type == "cpu" else 8)
+        self._device = DeviceThread(self._models, self._cache, batch)
+        self._embeddings: Flights[Key, Embedding] = Flights()
+        self._before = ThreadPoolExecutor(PICTURES_AT_ONCE, thread_name_prefix="hypersam-before")
+        self._after = ThreadPoolExecutor(PICTURES_AT_ONCE, thread_name_prefix="hypersam-after")
+        self._max_waiting = settings.max_waiting
+        self._inside = 0
+        self._pace = 0.1  # seconds from one answer to the next under load, a moving average
+        self._answered_at = 0.0
+        self._rejected = self._abandoned = 0
+        self._lookups: Counter[tuple[str, str]] = Counter()
+        self._names: dict[str, str] = {}  # of every model that was asked for, by digest
+        self._closing = False
+        self._lock = threading.Lock()
+
+    async def segment(
+        self,
+        file: ModelFile,
+        picture: Picture | None,
+        prompts: Sequence[Prompt],
+        *,
+        multimask: bool,
+        image_id: str | None = None,
+    ) -> Segmentation:
+        """Masks for prompts on a picture, or on one seen before by its ``image_id``.
+
+        Raises PromptError, UnknownImage, ImageError, Overloaded, Unavailable, or ArtifactError where the model
+        cannot be loaded.
+        """
+        with self._admitted():
+            clock = _Clock()
+            embedded = await self._embed(file, picture, image_id, clock, lambda size: check_prompts(prompts, *size))
+            height, width = embedded.embedding.original_size
+            check_mask_inputs(prompts, embedded.resident.model)
+            size = len(prompts) * (3 if multimask else 1) * width * height
+            if size > MASK_BYTES:
+                raise PromptError(
+                    f"{len(prompts)} prompts on a picture of {width} x {height} pixels give {size >> 20} MiB of masks; "
+                    f"at most {MASK_BYTES >> 20} are given at once, so send fewer prompts at a time",
+                    field="prompts",
+                )
+            decoded = await self._decode(embedded, prompts, multimask, clock)
+            masks = await self._on(self._after, full_masks, embedded.resident.model, embedded.embedding, decoded)
+            clock.lap("masks")
+            return Segmentation(embedded.image_id, width, height, masks, clock.laps, embedded.lookup)
+
+    async def everything(
+        self, file: ModelFile, picture: Picture | None, grid: Grid, *, image_id: str | None = None
+    ) -> Everything:
+        """Masks of all that a grid of points finds, the best first. Raises as ``segment`` does."""
+        with self._admitted():
+            clock = _Clock()
+            embedded = await self._embed(file, picture, image_id, clock)
+            height, width = embedded.embedding.original_size
+            points = grid.points(width, height)
+            found: list[Found] = []
+            for start in range(0, len(points), _GRID_CHUNK):
+                part = points[start : start + _GRID_CHUNK]
+                decoded = await self._decode(embedded, [click(p) for p in part], True, clock)
+                found += await self._on(
+                    self._after, sift, embedded.resident.model, embedded.embedding, part, decoded, grid
+                )
+                clock.lap("masks")
+            kept = await self._on(self._after, suppress, found, grid)
+            clock.lap("masks")
+            return Everything(embedded.image_id, width, height, tuple(kept), clock.laps, embedded.lookup)
+
+    async def embed(self, file: ModelFile, picture: Picture) -> Segmentation:
+        """Make a picture's embedding ahead of its prompts: an answer without masks."""
+        with self._admitted():
+            clock = _Clock()
+            embedded = await self._embed(file, picture, None, clock)
+            height, width = embedded.embedding.original_size
+            return Segmentation(embedded.image_id, width, height, (), clock.laps, embedded.lookup)
+
+    def segment_sync(
+        self,
+        file: ModelFile,
+        picture: Picture | None,
+        prompts: Sequence[Prompt],
+        *,
+        multimask: bool,
+        image_id: str | None = None,
+    ) -> Segmentation:
+        """``segment`` for a thread without an event loop."""
+        return asyncio.run(self.segment(file, picture, prompts, multimask=multimask, image_id=image_id))
+
+    def check_room(self) -> None:
+        """Raise Overloaded if a request that came now would be refused: before its body is read."""
+        with self._lock:
+            self._refuse_if_full()
+
+    def forget(self, digest: str) -> None:
+        """Drop a model and its embeddings; requests that use it now still end."""
+        self._models.forget(digest)
+        self._cache.forget(digest)
+
+    def stats(self) -> dict[str, Any]:
+        """Counts and bytes as of now; under ``models`` by a model's name, under ``lookups`` by its name and what came
+        of the look for an embedding, under ``batches`` by its name and the batch's size."""
+        residents, embeddings = self._models.residents(), self._cache.by_model()
+        models = {r.file.id: {"resident_bytes": r.bytes, "embeddings": 0, "embedding_bytes": 0} for r in residents}
+        for digest, (count, size) in embeddings.items():
+            model = models.setdefault(self._names[digest], {"resident_bytes": 0})
+            model["embeddings"], model["embedding_bytes"] = count, size
+        return {
+            "device": str(self._device_name),
+            "models": models,
+            "resident_models": len(residents),
+            "resident_bytes": sum(r.bytes for r in residents),
+            "model_loads": self._models.loads,
+            "embeddings": sum(count for count, _ in embeddings.values()),
+            "embedding_bytes": sum(size for _, size in embeddings.values()),
+            "lookups": dict(self._lookups),
+            "batches": dict(self._device.batches),
+            "queued": self._device.queued(),
+            "waiting": self._inside,
+            "rejected": self._rejected,
+            "abandoned": self._abandoned,
+            "memory_shortages": self._device.shortages,
+        }
+
+    def close(self) -> None:
+        """Refuse what comes, finish what runs on the device, let the models go."""
+        self._closing = True
+        self._before.shutdown(wait=True, cancel_futures=True)
+        self._device.close()
+        self._after.shutdown(wait=True, cancel_futures=True)
+        self._models.close()
+        self._cache.forget()
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        with self._lock:
+            self._refuse_if_full()
+            self._inside += 1
+        try:
+            yield
+        except asyncio.CancelledError:
+            self._abandoned += 1
+            raise
+        finally:
+            with self._lock:
+                now = time.monotonic()
+                if self._inside > 1:
+                    self._pace += 0.1 * (now - self._answered_at - self._pace)
+                self._answered_at = now
+                self._inside -= 1
+
+    def _refuse_if_full(self) -> None:
+        if self._closing:
+            raise Unavailable("the service is shutting down")
+        if self._inside >= self._max_waiting:
+            self._rejected += 1
+            wait = min(60, max(1, math.ceil(self._pace * self._inside / 2)))
+            raise Overloaded(f"{self._inside} requests are waiting already; try again in {wait} s", retry_after=wait)
+
+    async def _embed(
+        self,
+        file: ModelFile,
+        picture: Picture | None,
+        image_id: str | None,
+        clock: _Clock,
+        check: Callable[[tuple[int, int]], None] = lambda size: None,
+    ) -> _Embedded:
+        """The model and the picture's embedding. ``check`` is called with (width, height) as soon as it is known."""
+        image: NDArray[np.uint8] | None = None
+        if picture is not None:
+            pixels, image_id = await self._on(self._before, _identified, picture)
+            image = pixels
+            check((pixels.shape[1], pixels.shape[0]))
+        if image_id is None:
+            raise PromptError("a picture or an image_id is needed", field="image")
+        clock.lap("image")
+        resident = await self._models.get(file)
+        clock.lap("load")
+        self._names[file.digest] = file.id
+        key = (file.digest, image_id)
+        embedding, lookup = self._cache.get(key), "hit"
+        if embedding is None:
+            if image is None and not self._embeddings.under_way(key):
+                raise UnknownImage(f"no embedding of image {image_id} is held for model {file.id}; send the picture")
+            embedding, lookup = await self._encode(resident, key, image, clock)
+        clock.laps.setdefault("encode", 0.0)
+        self._lookups[file.id, lookup] += 1
+        if image is None:
+            height, width = embedding.original_size
+            check((width, height))
+        return _Embedded(resident, embedding, image_id, lookup)
+
+    async def _encode(
+        self, resident: Resident, key: Key, image: NDArray[np.uint8] | None, clock: _Clock
+    ) -> tuple[Embedding, str]:
+        flight, embedding, joined = await self._embeddings.join(
+            key, lambda flight: self._before.submit(self._resize, resident, key, image, flight)
+        )
+        clock.lap("queue", flight.spent)
+        return embedding, "joined" if joined else "miss"
+
+    def _resize(self, resident: Resident, key: Key, image: NDArray[np.uint8] | None, flight: Flight[Embedding]) -> None:
+        """A flight's first stage; the device thread does the rest."""
+        try:
+            # Another flight may have landed between this one's look at the cache and its start.
+            if (held := self._cache.get(key)) is not None:
+                flight.future.set_result(held)
+            elif image is None:
+                raise UnknownImage(f"the embedding of image {key[1]} was not made after all; send the picture")
+            elif flight.claim():
+                began = time.perf_counter()
+                pixels = resident.model.resized(image)
+                flight.spent["resize"] = time.perf_counter() - began
+                self._device.encode(Encode(resident, key, pixels, (image.shape[0], image.shape[1]), flight))
+        except BaseException as error:
+            flight.future.set_exception(error)
+
+    async def _decode(
+        self, embedded: _Embedded, prompts: Sequence[Prompt], multimask: bool, clock: _Clock
+    ) -> list[Decoded]:
+        task = Decode(embedded.resident, embedded.embedding, tuple(prompts), multimask)
+        decoded, took = await asyncio.wrap_future(self._device.decode(task))
+        clock.lap("queue", {"decode": took})
+        return decoded
+
+    async def _on(self, pool: ThreadPoolExecutor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        future: Future[T] = pool.submit(call, *args, **kwargs)
+        return await asyncio.wrap_future(future)
+
+
+class _Clock:
+    """Milliseconds by stage. A stage that comes again adds to what it took before."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str, within: dict[str, float] | None = None) -> None:
+        """The time since the last lap; ``within``: seconds of it that belong to other stages."""
+        now = time.perf_counter()
+        parts = {stage: 1000 * seconds for stage, seconds in (within or {}).items()}
+        parts[name] = max(0.0, 1000 * (now - self._last) - sum(parts.values()))
+        for stage, value in parts.items():
+            self.laps[stage] = round(self.laps.get(stage, 0.0) + value, 3)
+        self._last = now
+
+
+def _identified(picture: Picture) -> tuple[NDArray[np.uint8], str]:
+    image = picture() if callable(picture) else picture
+    return image, image_id_of(image)

@@ -1,0 +1,82 @@
+"""What OpenAPI says of bodies that the routes read themselves, since they may be forms or JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from service.images import FORMATS
+from service.schemas import EmbedRequest, EverythingRequest, SegmentRequest
+
+_IMAGE = {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP, BMP, TIFF or GIF"}
+_IMAGE_ID = {"type": "string", "description": "instead of the image, while its embedding is held"}
+
+
+def _text(description: str, example: str | None = None) -> dict[str, Any]:
+    field: dict[str, Any] = {"type": "string", "description": description}
+    return field | ({"example": example} if example else {})
+
+
+def _body(schema: type[SegmentRequest | EverythingRequest | EmbedRequest], form: dict[str, Any]) -> dict[str, Any]:
+    properties = {"model": {"type": "string"}, **form}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {"schema": {"type": "object", "required": ["model"], "properties": properties}},
+                "application/json": {"schema": _inlined(schema.model_json_schema())},
+            },
+        }
+    }
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema with its definitions in the places that refer to them: a document within another has no root."""
+    definitions = schema.pop("$defs", {})
+
+    def resolved(node: Any) -> Any:
+        if isinstance(node, dict):
+            if "$ref" in node:
+                return resolved(definitions[node["$ref"].rpartition("/")[2]])
+            return {key: resolved(value) for key, value in node.items()}
+        return [resolved(each) for each in node] if isinstance(node, list) else node
+
+    found: dict[str, Any] = resolved(schema)
+    return found
+
+
+SEGMENT_BODY = _body(
+    SegmentRequest,
+    {
+        "image": _IMAGE,
+        "image_id": _IMAGE_ID,
+        "points": _text("[[x, y], …], pixels; also as point_coords", "[[320, 200]]"),
+        "labels": _text("[1, 0, …], one a point, default all 1; also as point_labels", "[1]"),
+        "box": _text("[x0, y0, x1, y1]; also as bbox"),
+        "mask_input": _text("rows of logits as JSON, or a .npy file in base64"),
+        "prompts": _text("several prompts as JSON, instead of the fields above", '[{"box": [10, 20, 120, 160]}]'),
+        "multimask": {"type": "boolean", "default": False, "description": "also as multimask_output"},
+        "format": {"type": "string", "enum": list(FORMATS), "default": "rle"},
+    },
+)
+SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "content": {
+            "image/png": {"schema": {"type": "string", "format": "binary"}},
+            "application/geo+json": {"schema": {"type": "object", "description": "a FeatureCollection"}},
+        }
+    }
+}
+EVERYTHING_BODY = _body(
+    EverythingRequest,
+    {
+        "image": _IMAGE,
+        "image_id": _IMAGE_ID,
+        "points_per_side": {"type": "integer", "default": 32},
+        "pred_iou_thresh": {"type": "number", "default": 0.88},
+        "stability_score_thresh": {"type": "number", "default": 0.95},
+        "stability_score_offset": {"type": "number", "default": 1.0},
+        "box_nms_thresh": {"type": "number", "default": 0.7},
+        "format": {"type": "string", "enum": [form for form in FORMATS if form != "npy"], "default": "rle"},
+    },
+)
+EMBED_BODY = _body(EmbedRequest, {"image": _IMAGE})
