@@ -71,7 +71,7 @@ def full_masks(model: SamModel, embedding: Embedding, decoded: Sequence[Decoded]
     made: list[Mask] = []
     for number, (low_res, scores) in enumerate(decoded):
         full = model.binary(model.upscale(low_res[None], embedding)[0]).cpu().numpy()
-        logits, values = low_res.cpu().numpy(), scores.tolist()
+        logits, values = model.rules.kept(low_res).cpu().numpy(), scores.tolist()
         for i in sorted(range(len(values)), key=lambda i: -values[i]):
             made.append(Mask(number, values[i], bounding_box(full[i]), int(full[i].sum()), full[i], logits[i]))
     return tuple(made)
