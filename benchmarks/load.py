@@ -144,21 +144,22 @@ async def _load(served: Served, clients: int, ask: Ask, more: Callable[[], bool]
     latencies: list[float] = []
     own: list[float] = []
 
-    async def one() -> None:
-        async with httpx.AsyncClient(base_url=served.url, timeout=300) as client:
-            while more():
-                began = time.perf_counter()
-                timings = (await ask(client))["timings"]
-                latencies.append(1000 * (time.perf_counter() - began))
-                own.append(timings["service"])
+    async def one(client: httpx.AsyncClient) -> None:
+        while more():
+            began = time.perf_counter()
+            timings = (await ask(client))["timings"]
+            latencies.append(1000 * (time.perf_counter() - began))
+            own.append(timings["service"])
 
     # In a process of its own: this one is busy being the clients.
     watching = subprocess.Popen(
         [sys.executable, "-c", _WATCH, served.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    began = time.perf_counter()
-    await asyncio.gather(*(one() for _ in range(clients)))
-    took = time.perf_counter() - began
+    limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
+    async with httpx.AsyncClient(base_url=served.url, timeout=300, limits=limits) as client:
+        began = time.perf_counter()
+        await asyncio.gather(*(one(client) for _ in range(clients)))
+        took = time.perf_counter() - began
     health: list[float] = json.loads(watching.communicate()[0])
     return {
         "clients": clients, "requests": len(latencies), "requests_per_s": len(latencies) / took,
