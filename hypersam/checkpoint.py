@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,9 @@ _DTYPES = frozenset({
 })  # fmt: skip
 """Those that an artifact holds and a network computes with."""
 _WRAPPERS = ("model", "state_dict")
+_DECODER_PARTS = {"PromtEncoder": "prompt_encoder.", "PromptEncoder": "prompt_encoder.", "MaskDecoder": "mask_decoder."}
+"""How MobileSAMv2's file of a decoder alone is laid out (its spelling), and what its keys begin with in a whole SAM."""
+_ENCODER = "image_encoder."
 _HASH_BLOCK = 4 << 20
 _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e"
 """How torch.save began files before its zip format: protocol 2, the long 0x1950a86a20f9469cfc6c, stop."""
@@ -43,7 +46,8 @@ class Checkpoint:
 
     ``tensors`` maps a key, wrappers and ``module.`` prefix removed, to a CPU tensor, often memory-mapped.
     ``container`` is ``zip``, ``legacy`` or ``safetensors``. ``wrapper`` tells where the state dict lay
-    (``""``, ``"model"``, ``"state_dict"``), ``prefix`` what every key began with.
+    (``""``, ``"model"``, ``"state_dict"``; ``"parts"`` for a decoder's file that has a state dict a part), ``prefix``
+    what every key began with. ``path`` is the encoder's file where there were two.
     """
 
     path: Path
@@ -56,6 +60,29 @@ class Checkpoint:
     def parameters(self) -> int:
         """Number of values in all tensors."""
         return sum(t.numel() for t in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class Source:
+    """The file, or the two files, of a model; ``decoder`` and ``file_name`` as ``compress`` takes them."""
+
+    path: Path
+    decoder: Path | str | None = None
+    file_name: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What the first file is called."""
+        return self.file_name or self.path.name
+
+    @property
+    def bytes(self) -> int:
+        """Of all files."""
+        return self.path.stat().st_size + (Path(self.decoder).stat().st_size if self.decoder else 0)
+
+    def read(self) -> Checkpoint:
+        """See ``read_checkpoint``."""
+        return read_checkpoint(self.path, self.decoder)
 
 
 def container_of(path: Path) -> str:
@@ -93,12 +120,15 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def read_checkpoint(path: Path | str) -> Checkpoint:
-    """Read the state dict in a file.
+def read_checkpoint(path: Path | str, decoder: Path | str | None = None) -> Checkpoint:
+    """Read the state dict in a file, or in two: an image encoder, with or without its prefix, and ``decoder``, the
+    prompt encoder and mask decoder that go with it, as MobileSAMv2 is published.
 
     Raises CheckpointError in one of its kinds: empty, not a checkpoint or damaged, a pickle that asks for
     more than tensors, or one whose content is no state dict.
     """
+    if decoder is not None:
+        return _joined(read_checkpoint(path), read_checkpoint(decoder))
     path = Path(path)
     if not path.is_file():
         raise NotACheckpoint(f"there is no file {path}")
@@ -115,6 +145,19 @@ def read_checkpoint(path: Path | str) -> Checkpoint:
     return Checkpoint(path, {key[len(prefix) :]: value for key, value in tensors.items()}, container, wrapper, prefix)
 
 
+def _joined(encoder: Checkpoint, decoder: Checkpoint) -> Checkpoint:
+    starts = tuple(_DECODER_PARTS.values())
+    if strange := [key for key in decoder.tensors if not key.startswith(starts)]:
+        raise CheckpointError(
+            f"{decoder.path.name} is no decoder: {strange[0]!r} belongs to none; a prompt encoder and a mask decoder "
+            f"({', '.join(sorted(set(starts)))}) were expected"
+        )
+    if any(key.startswith(starts) for key in encoder.tensors):
+        raise CheckpointError(f"{encoder.path.name} has a decoder of its own; send it without another")
+    whole = {key if key.startswith(_ENCODER) else _ENCODER + key: value for key, value in encoder.tensors.items()}
+    return replace(encoder, tensors=whole | dict(decoder.tensors))
+
+
 def _unwrap(content: Any, name: str) -> tuple[str, dict[str, Any]]:
     """Where the state dict lies, and what it holds: names to tensors, or to the plans of tensors."""
     wrapper = ""
@@ -123,6 +166,12 @@ def _unwrap(content: Any, name: str) -> tuple[str, dict[str, Any]]:
             if isinstance(content.get(key), Mapping):
                 wrapper, content = key, content[key]
                 break
+        if content and all(key in _DECODER_PARTS and isinstance(part, Mapping) for key, part in content.items()):
+            wrapper = "parts"
+            content = {
+                _DECODER_PARTS[key] + name if isinstance(name, str) else name: value
+                for key, part in content.items() for name, value in part.items()
+            }  # fmt: skip
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{name} holds {_kind(content)}; a state dict (names to tensors) was expected")
     if not content:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hypersam import fidelity, sensitivity
 from hypersam.allocation import Choice, Curves, smallest_within, solve
-from hypersam.checkpoint import Checkpoint, read_checkpoint, sha256_of
+from hypersam.checkpoint import Checkpoint, Source, sha256_of
 from hypersam.codecs import CODEC_VERSION, DEFAULT_CODEC
 from hypersam.encoding import EncodedTensor, decibels, encode_all, encode_birkhoff, sqnr_db
 from hypersam.errors import InvalidOption, NotFinite, TargetUnreachable, artifact_errors
@@ -62,7 +62,7 @@ ProgressCallback = Callable[[Progress], None]
 class _Job:
     """What the stages of one compression share."""
 
-    source: Path
+    source: Source
     checkpoint: Checkpoint
     detected: Detected
     sha256: str
@@ -95,7 +95,7 @@ class _Job:
             "codec": {"name": self.goal.codec, "version": CODEC_VERSION, "options": self.options},
             "model": {"family": detected.family, "variant": detected.variant, "candidates": list(detected.candidates),
                       "decided_by": detected.decided_by, "config": detected.config.as_dict()},
-            "source": {"sha256": self.sha256, "bytes": self.source.stat().st_size, "container": checkpoint.container,
+            "source": {"sha256": self.sha256, "bytes": self.source.bytes, "container": checkpoint.container,
                        "wrapper": checkpoint.wrapper, "prefix": checkpoint.prefix},
         }  # fmt: skip
 
@@ -111,6 +111,8 @@ def compress(
     source: Path | str,
     target: Path | str,
     *,
+    decoder: Path | str | None = None,
+    file_name: str | None = None,
     codec: str = DEFAULT_CODEC,
     variant: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -119,6 +121,8 @@ def compress(
 ) -> CompressReport:
     """Compress the checkpoint ``source`` into the artifact ``target``.
 
+    ``decoder``: the second file of a model that is published as two, see ``read_checkpoint``. ``file_name``: what the
+    source is called where its path does not say; a name decides between variants that nothing else tells apart.
     ``options``: see ``hypersam.options``: for ``lattice`` and ``orbit`` one of ``preset``, ``target_ratio``,
     ``target_mb`` and ``max_error``, besides ``policy`` and ``fidelity``. The artifact appears under its name only
     when it is whole and its checksums are verified. ``progress`` may raise to stop; nothing is left behind then.
@@ -129,7 +133,7 @@ def compress(
     checked = check_options(codec, options)
     if source.exists() and target.exists() and target.samefile(source):
         raise InvalidOption(f"the artifact would replace its source {source.name}; give it another name")
-    job = _open(source, checked, codec, variant, device, progress)
+    job = _open(Source(source, decoder, file_name), checked, codec, variant, device, progress)
     moves = _sensitivities(job)
     budget, reserve = job.goal.budget(fp32_bytes(job.tensors.values())), 0
     for _ in range(_ROUNDS):
@@ -147,7 +151,7 @@ def compress(
         artifact_sha256, artifact_bytes = _write(job, target, found, moves, compared)
     encoded = {name: t.encoded for name, t in found.items()}
     full = fp32_bytes(job.tensors.values())
-    source_bytes = source.stat().st_size
+    source_bytes = job.source.bytes
     return CompressReport(
         codec=codec, codec_version=CODEC_VERSION, options=checked, family=job.detected.family,
         variant=job.detected.variant, candidates=job.detected.candidates, parameters=job.checkpoint.parameters,
@@ -166,6 +170,8 @@ def compress(
 def plan(
     source: Path | str,
     *,
+    decoder: Path | str | None = None,
+    file_name: str | None = None,
     codec: str = DEFAULT_CODEC,
     variant: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -180,9 +186,10 @@ def plan(
     checked = check_options(codec, options)
     if codec == "birkhoff":
         raise InvalidOption("birkhoff decides for each tensor while it encodes; plans are for lattice and orbit")
-    job = _open(Path(source), checked, codec, variant, device, progress)
+    given = Source(Path(source), decoder, file_name)
+    job = _open(given, checked, codec, variant, device, progress)
     moves = _sensitivities(job)
-    full, source_bytes = fp32_bytes(job.tensors.values()), job.source.stat().st_size
+    full, source_bytes = fp32_bytes(job.tensors.values()), job.source.bytes
     with job.stage("planning"):
         found = _curves(job, moves)
         prefix = predicted_prefix(job.tensors, job.header) + (_FIDELITY_BYTES if job.goal.fidelity else 0)
@@ -214,19 +221,20 @@ def plan(
 
 
 def _open(
-    source: Path, options: dict[str, Any], codec: str, variant: str | None, device: str | torch.device,
+    given: Source, options: dict[str, Any], codec: str, variant: str | None, device: str | torch.device,
     progress: ProgressCallback | None,
 ) -> _Job:  # fmt: skip
+    source = given.path
     tell = progress or (lambda _: None)
     place = resolve_device(device)
     if source.is_file() and is_artifact(source):
         raise InvalidOption(f"{source.name} is a compressed model already; compress takes a checkpoint")
     began = time.perf_counter()
-    checkpoint = read_checkpoint(source)
-    detected = detect(checkpoint.tensors, variant=variant, name=source.name)
+    checkpoint = given.read()
+    detected = detect(checkpoint.tensors, variant=variant, name=given.name)
     size = source.stat().st_size
     sha256 = sha256_of(source, lambda n: tell(Progress("reading", n, size)))
-    detected = detected.told(sha256=sha256, name=source.name)
+    detected = detected.told(sha256=sha256, name=given.name)
     goal, roles = goal_of(codec, options), roles_of(detected)
     pages = MappedFile(source)
 
@@ -239,7 +247,7 @@ def _open(
     measured = goal.fidelity or (goal.config is None and goal.max_error is None and goal.policy == "sensitivity")
     network = set(detected.described.layout(detected.config))
     check_measurable(tuple(name for name in odd if name in network), measured=measured)
-    job = _Job(source, checkpoint, detected, sha256, goal, place, options, roles, told, odd)
+    job = _Job(given, checkpoint, detected, sha256, goal, place, options, roles, told, odd)
     job.seconds["reading"] = time.perf_counter() - began
     return job
 

@@ -65,12 +65,23 @@ class JobSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
     variant: str | None = None
     dry_run: bool = False
+    decoder_sha256: str | None = None
+    """Of the second upload of a model that is published as two files."""
+    file_name: str | None = None
+    """What the client calls the checkpoint: a hint where nothing else tells which variant it is."""
 
     @property
     def key(self) -> str:
-        """32 hexadecimal digits from everything that decides about the result: the id of the job."""
-        text = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+        """32 hexadecimal digits from what decides about the result: the id of the job. A file's name is left out, so
+        that the same file under another name is the same job."""
+        decisive = {k: v for k, v in asdict(self).items() if k != "file_name"}
+        text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    @property
+    def uploads(self) -> tuple[str, ...]:
+        """The digests of the uploads that it reads."""
+        return (self.source_sha256,) if self.decoder_sha256 is None else (self.source_sha256, self.decoder_sha256)
 
 
 @dataclass(frozen=True)
@@ -144,11 +155,13 @@ class JobBoard:
             if self.queue.count >= self.settings.max_waiting_jobs:
                 raise Overloaded(f"{self.queue.count} jobs wait already; try again later")
             take_upload()
-            self.store.touch_upload(spec.source_sha256)
+            for digest in spec.uploads:
+                self.store.touch_upload(digest)
             self.connection.delete(self._cancel_key(spec.key), self._attempts_key(spec.key))
             if not spec.dry_run:
                 self.connection.hset(_NAMES, spec.name, spec.key)
-            self.connection.sadd(self._users_key(spec.source_sha256), spec.key)
+            for digest in spec.uploads:
+                self.connection.sadd(self._users_key(digest), spec.key)
             try:
                 job = self.queue.enqueue(
                     COMPRESS_FUNCTION,
@@ -233,12 +246,13 @@ class JobBoard:
         if self.settings.keep_uploads:
             return
         with self._exclusive():
-            users = self._users_key(spec.source_sha256)
-            self.connection.srem(users, spec.key)
-            members: Any = self.connection.smembers(users)
-            if not any(self._active(member.decode()) for member in members):
-                self.connection.delete(users)
-                self.store.remove_upload(spec.source_sha256)
+            for digest in spec.uploads:
+                users = self._users_key(digest)
+                self.connection.srem(users, spec.key)
+                members: Any = self.connection.smembers(users)
+                if not any(self._active(member.decode()) for member in members):
+                    self.connection.delete(users)
+                    self.store.remove_upload(digest)
 
     def sweep(self) -> None:
         """Delete what nobody wants from the store: old uploads that no job needs, what dead jobs left.
@@ -262,7 +276,8 @@ class JobBoard:
         ids = [entry.decode() for entry in entries]
         jobs = Job.fetch_many(ids, connection=self.connection, serializer=JSONSerializer)
         return {
-            str(job.meta.get("spec", {}).get("source_sha256", ""))
+            str(job.meta.get("spec", {}).get(field) or "")
+            for field in ("source_sha256", "decoder_sha256")
             for job in jobs
             if job is not None and not _STATES.get(job.get_status(refresh=False), JobState.QUEUED).final
         }

@@ -35,9 +35,11 @@ class Strict(BaseModel):
 
 
 class Source(Strict):
-    """Where a checkpoint comes from: exactly one of the three."""
+    """Where a checkpoint comes from: exactly one of upload, url and known; with an upload its ``decoder``, if it is
+    published as two files."""
 
     upload: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    decoder: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     url: str | None = None
     known: str | None = None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from redis import Redis
@@ -137,11 +138,11 @@ def _compress(
 ) -> ModelRecord:
     from hypersam.compression import compress  # here, because the worker that waits for jobs never loads torch
 
-    source = store.upload(spec.source_sha256)
+    source, decoder = _uploads(spec, store)
     target = store.work_dir(job_id) / "model.hsam"
     report = compress(
-        source, target, codec=spec.codec, variant=spec.variant, options=spec.options, device=settings.device,
-        progress=reporter,
+        source, target, decoder=decoder, file_name=spec.file_name, codec=spec.codec, variant=spec.variant,
+        options=spec.options, device=settings.device, progress=reporter,
     )  # fmt: skip
     return store.register(
         spec.name, target, digest=report.artifact_sha256, request=spec.key, source_sha256=spec.source_sha256,
@@ -152,11 +153,15 @@ def _compress(
 def _plan(spec: JobSpec, settings: Settings, store: ArtifactStore, reporter: JobReporter) -> dict[str, Any]:
     from hypersam.compression import plan
 
-    source = store.upload(spec.source_sha256)
+    source, decoder = _uploads(spec, store)
     return plan(
-        source, codec=spec.codec, variant=spec.variant, options=spec.options, device=settings.device,
-        progress=reporter,
+        source, decoder=decoder, file_name=spec.file_name, codec=spec.codec, variant=spec.variant,
+        options=spec.options, device=settings.device, progress=reporter,
     ).as_dict()  # fmt: skip
+
+
+def _uploads(spec: JobSpec, store: ArtifactStore) -> tuple[Path, Path | None]:
+    return store.upload(spec.source_sha256), store.upload(spec.decoder_sha256) if spec.decoder_sha256 else None
 
 
 def _result(record: ModelRecord) -> dict[str, Any]:

@@ -39,6 +39,9 @@ VariantName = Annotated[str | None, typer.Option(help="Say which model it is; de
 CodecOption = Annotated[
     list[str] | None, typer.Option("--option", help="Codec option as name=value, the value as JSON.")
 ]
+Decoder = Annotated[
+    Path | None, typer.Option(help="Prompt encoder and mask decoder, where the checkpoint is an image encoder alone.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
@@ -64,6 +67,7 @@ def _root(
 def compress_command(
     source: Annotated[Path, typer.Argument(metavar="IN", help="Checkpoint: .pth, .pt or .safetensors.")],
     target: Annotated[Path, typer.Argument(metavar="OUT", help="Artifact to write, .hsam by custom.")],
+    decoder: Decoder = None,
     codec: Codec = DEFAULT_CODEC,
     preset: Preset = None,
     target_ratio: TargetRatio = None,
@@ -81,12 +85,13 @@ def compress_command(
 
     wanted = {"preset": preset, "target_ratio": target_ratio, "target_mb": target_mb, "max_error": max_error,
               "policy": policy, "fidelity": None if fidelity else False}  # fmt: skip
-    run_compress(source, target, codec, variant, wanted, option or [], device, as_json)
+    run_compress(source, target, decoder, codec, variant, wanted, option or [], device, as_json)
 
 
 @app.command("plan")
 def plan_command(
     source: Annotated[Path, typer.Argument(metavar="FILE", help="Checkpoint: .pth, .pt or .safetensors.")],
+    decoder: Decoder = None,
     codec: Codec = DEFAULT_CODEC,
     preset: Preset = None,
     target_ratio: TargetRatio = None,
@@ -102,7 +107,7 @@ def plan_command(
 
     wanted = {"preset": preset, "target_ratio": target_ratio, "target_mb": target_mb, "max_error": max_error,
               "policy": policy}  # fmt: skip
-    run_plan(source, codec, variant, wanted, device, as_json)
+    run_plan(source, decoder, codec, variant, wanted, device, as_json)
 
 
 @app.command("decompress")

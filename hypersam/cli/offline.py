@@ -28,14 +28,21 @@ _screen = Console(stderr=True)
 
 
 def run_compress(
-    source: Path, target: Path, codec: str, variant: str | None, wanted: Mapping[str, Any], pairs: list[str],
-    device: str, as_json: bool,
+    source: Path, target: Path, decoder: Path | None, codec: str, variant: str | None, wanted: Mapping[str, Any],
+    pairs: list[str], device: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Compress with a progress bar, then say what came of it."""
     options = {**wanted, **dict(_option(pair) for pair in pairs)}
     with _bar(as_json) as tell:
         report = compression.compress(
-            source, target, codec=codec, variant=variant, options=options, device=device, progress=tell
+            source,
+            target,
+            decoder=decoder,
+            codec=codec,
+            variant=variant,
+            options=options,
+            device=device,
+            progress=tell,
         )
     if as_json:
         print_json(report.as_dict())
@@ -56,11 +63,14 @@ def run_compress(
 
 
 def run_plan(
-    source: Path, codec: str, variant: str | None, wanted: Mapping[str, Any], device: str, as_json: bool
-) -> None:
+    source: Path, decoder: Path | None, codec: str, variant: str | None, wanted: Mapping[str, Any], device: str,
+    as_json: bool,
+) -> None:  # fmt: skip
     """Plan with a progress bar, then list the tensors."""
     with _bar(as_json) as tell:
-        report = compression.plan(source, codec=codec, variant=variant, options=wanted, device=device, progress=tell)
+        report = compression.plan(
+            source, decoder=decoder, codec=codec, variant=variant, options=wanted, device=device, progress=tell
+        )
     if as_json:
         print_json(report.as_dict())
         return

@@ -62,6 +62,8 @@ def detect(tensors: Mapping[str, Tensor], *, variant: str | None = None, name: s
         raise VariantMismatch(f"unknown variant {variant!r}; known are {', '.join(known_variants())}")
     family = next((f for f in FAMILIES if f.recognises(tensors)), None)
     if family is None:
+        if half := _half(tensors):
+            raise UnknownFamily(half)
         keys = ", ".join(sorted(tensors)[:3])
         raise UnknownFamily(f"no known Segment Anything model: its keys begin with {keys} …; {_known()}")
     config = family.read(tensors)
@@ -78,6 +80,15 @@ def detect(tensors: Mapping[str, Tensor], *, variant: str | None = None, name: s
         return Detected(family.id, variant, candidates, "caller", config)
     decided: DecidedBy = "shapes" if len(candidates) == 1 else "order"
     return Detected(family.id, candidates[0], candidates, decided, config).told(name=name)
+
+
+def _half(tensors: Mapping[str, Tensor]) -> str | None:
+    """What to say of one of the two files of a model that is published as two."""
+    if tensors and all(key.startswith(("prompt_encoder.", "mask_decoder.")) for key in tensors):
+        return "this is a decoder alone; give the image encoder as the checkpoint, and this as its decoder"
+    if "patch_embed.proj.weight" in tensors or all(key.startswith("image_encoder.") for key in tensors):
+        return "this is an image encoder alone; give the file of its prompt encoder and mask decoder as its decoder too"
+    return None
 
 
 def check_layout(tensors: Mapping[str, Tensor], family: Family, config: Config) -> None:

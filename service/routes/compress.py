@@ -43,6 +43,10 @@ _BODY = {
                         "file": {
                             "type": "string", "format": "binary", "description": ".pth, .pt or .safetensors",
                         },
+                        "decoder": {
+                            "type": "string", "format": "binary",
+                            "description": "prompt encoder and mask decoder, where file is an image encoder alone",
+                        },
                         **_form_schema["properties"],
                         "options": {"type": "string", "description": "the codec's options, a JSON object"},
                     },
@@ -80,20 +84,23 @@ async def _queue(request: Request, response: Response, state: State, *, dry_run:
 
 async def _from_form(request: Request, state: State, dry_run: bool) -> JobView:
     limit = state.settings.max_upload_bytes
-    if int(request.headers.get("content-length", "0")) > limit + _FORM_OVERHEAD:
-        raise UploadTooLarge(f"the checkpoint has more than the {limit} bytes accepted here")
-    sink = UploadSink(state.store, limit)
+    if int(request.headers.get("content-length", "0")) > 2 * limit + _FORM_OVERHEAD:
+        raise UploadTooLarge(f"a checkpoint has more than the {limit} bytes accepted here")
+    sink, second = UploadSink(state.store, limit), UploadSink(state.store, limit)
     try:
-        form = await read_form(request, {"file": sink}, _FIELDS)
+        form = await read_form(request, {"file": sink, "decoder": second}, _FIELDS)
         if not sink.complete:
             raise EmptyCheckpoint("the form has no file; send the checkpoint as the form field 'file'")
-        state.metrics.uploaded.inc(sink.writer.bytes)
+        sent = [each.writer for each in (sink, second) if each.complete]
+        state.metrics.uploaded.inc(sum(writer.bytes for writer in sent))
         fields = _fields_of(form)
-        default = PurePath(form.filenames["file"]).stem
-        spec = _spec(fields, sink.writer.digest, default, dry_run)
-        return await _submit(state, spec, sink.writer.commit)
+        file_name = PurePath(form.filenames["file"]).name
+        decoder = second.writer.digest if second.complete else None
+        spec = _spec(fields, sink.writer.digest, decoder, file_name, dry_run)
+        return await _submit(state, spec, lambda: [writer.commit() for writer in sent])
     finally:
-        await to_thread.run_sync(sink.writer.discard)
+        for each in (sink, second):
+            await to_thread.run_sync(each.writer.discard)
 
 
 async def _from_json(request: Request, state: State, dry_run: bool) -> JobView:
@@ -111,8 +118,8 @@ async def _from_json(request: Request, state: State, dry_run: bool) -> JobView:
             "held as source.upload"
         )
     digest = source.upload
-    spec = _spec(wanted, digest, "", dry_run)
-    return await _submit(state, spec, lambda: state.store.upload(digest))
+    spec = _spec(wanted, digest, source.decoder, "", dry_run)
+    return await _submit(state, spec, lambda: [state.store.upload(each) for each in spec.uploads])
 
 
 async def _submit(state: State, spec: JobSpec, take: Callable[[], object]) -> JobView:
@@ -132,7 +139,7 @@ def _fields_of(form: Form) -> CompressFields:
         raise RequestValidationError(error.errors()) from error
 
 
-def _spec(fields: CompressFields, digest: str, default_name: str, dry_run: bool) -> JobSpec:
+def _spec(fields: CompressFields, digest: str, decoder: str | None, file_name: str, dry_run: bool) -> JobSpec:
     """Check everything that can be checked before a worker opens the file."""
     given = {name: getattr(fields, name) for name in _NAMED_OPTIONS if getattr(fields, name) is not None}
     if twice := sorted(set(given) & set(fields.options)):
@@ -142,7 +149,8 @@ def _spec(fields: CompressFields, digest: str, default_name: str, dry_run: bool)
         raise InvalidOption("birkhoff decides for each tensor while it encodes; plans are for lattice and orbit")
     if fields.variant is not None and fields.variant not in known_variants():
         raise InvalidOption(f"unknown variant {fields.variant[:64]!r}; known: {', '.join(known_variants())}")
-    name = fields.name or (default_name if NAME.fullmatch(default_name) else digest[:12])
+    stem = PurePath(file_name).stem
+    name = fields.name or (stem if NAME.fullmatch(stem) else digest[:12])
     return JobSpec(
         name=name,
         source_sha256=digest,
@@ -151,4 +159,6 @@ def _spec(fields: CompressFields, digest: str, default_name: str, dry_run: bool)
         options=options,
         variant=fields.variant,
         dry_run=dry_run,
+        decoder_sha256=decoder,
+        file_name=file_name[:255] or None,
     )
