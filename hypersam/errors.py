@@ -174,6 +174,18 @@ class StoreFull(HypersamError):
     code = "store_full"
 
 
+class FetchError(HypersamError):
+    """A file cannot be had from its address."""
+
+    code = "fetch_failed"
+
+
+class WrongHash(FetchError):
+    """A fetched file is not the one whose SHA-256 is known."""
+
+    code = "wrong_hash"
+
+
 class JobCancelled(HypersamError):
     """The job was cancelled while it ran."""
 

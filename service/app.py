@@ -23,7 +23,7 @@ from service.guard import Guard, secured
 from service.metrics import MeasureRequests, Metrics
 from service.openapi import document_of
 from service.request_ids import RequestIds
-from service.routes import compress, health, jobs, label_studio, models, osam, segment
+from service.routes import compress, health, jobs, label_studio, models, osam, segment, variants
 from service.schemas import Problem
 
 PICTURES_AT_ONCE = 2  # being decoded: each may take hundreds of MB, and a core
@@ -73,7 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
             expose_headers=["Location", "Retry-After", "Server-Timing", "X-Image-Id", "X-Request-Id"],
         )
     app.add_middleware(RequestIds)  # around the others: what they log has its id
-    for module in (compress, jobs, models, segment, osam, label_studio, health):
+    for module in (compress, jobs, models, segment, osam, label_studio, variants, health):
         app.include_router(module.router)
 
     @app.get("/", include_in_schema=False)

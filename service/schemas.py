@@ -8,6 +8,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, 
 
 from hypersam.codecs import DEFAULT_CODEC
 from hypersam.jobs import JobState, JobView
+from hypersam.sam.registry import Variant, family_row
 from hypersam.settings import Name
 from hypersam.store import ModelRecord
 
@@ -155,6 +156,51 @@ class Models(BaseModel):
     """All models, without the figures of each tensor."""
 
     models: list[Model]
+
+
+class VariantBody(BaseModel):
+    """A published model that can be compressed, and what it can be asked."""
+
+    id: str
+    family: str
+    title: str
+    file: str = Field(description="its official name")
+    parameters: int | None = Field(description="values in the official file")
+    fp32_bytes: int | None = Field(description="bytes of these values as fp32, to which ratios are counted")
+    mask_input: bool = Field(description="whether it takes the logits of an earlier answer")
+    background_points: bool = Field(description="whether it takes points with label 0")
+    most_points: int | None = Field(description="of one prompt, a box counted as two; null for any number")
+    checked_against: str | None = Field(
+        description="the package whose network gives the same answers; null where none was compared"
+    )
+    url: str | None = Field(description="where its authors offer the file; `hypersam fetch` takes it from there")
+    sha256: str | None = Field(description="of the official file, where it is known")
+
+    @classmethod
+    def of(cls, row: Variant) -> VariantBody:
+        """Make one from the registry's rows."""
+        family = family_row(row.family)
+        return cls(
+            id=row.id,
+            family=row.family,
+            title=row.title,
+            file=row.file,
+            parameters=row.parameters,
+            fp32_bytes=4 * row.parameters if row.parameters is not None else None,
+            mask_input=family.mask_input,
+            background_points=family.background,
+            most_points=family.most_points,
+            checked_against=family.oracle,
+            url=row.url,
+            sha256=row.sha256,
+        )
+
+
+class Variants(BaseModel):
+    """Every published model that is supported, and of which families other sizes are taken too."""
+
+    variants: list[VariantBody]
+    other_sizes: dict[str, str] = Field(description="family id to a description of what else it takes")
 
 
 class PromptBody(Strict):

@@ -170,6 +170,19 @@ def eval_command(
     run_eval(model, objects, first_scene, against, device, as_json)
 
 
+@app.command("fetch")
+def fetch_command(
+    variant: Annotated[str, typer.Argument(metavar="VARIANT", help="A published model, such as sam2.1_hiera_tiny.")],
+    out: Annotated[Path | None, typer.Option("--out", help="File or folder to write to; here by default.")] = None,
+    url: Annotated[str | None, typer.Option(help="Another address of the file; the hash is checked alike.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Download a published checkpoint from its authors' address; asked again, it goes on where it was cut off."""
+    from hypersam.cli.fetch import run_fetch
+
+    run_fetch(variant, out, url, as_json)
+
+
 @app.command("serve")
 def serve_command(
     data_dir: Annotated[Path | None, typer.Option(help="Uploads, artifacts and Redis's file.")] = None,

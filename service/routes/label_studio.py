@@ -97,6 +97,7 @@ class Drawn(BaseModel):
 
 
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
+_ANY_BODY = {"requestBody": {"content": {"application/json": {"schema": {}}}}}  # not looked at
 
 
 @router.get("/health")
@@ -106,8 +107,8 @@ async def health(state: StateDep, model_id: str | None = None) -> dict[str, str]
     return {"status": "UP", "model_class": await _version(state, model_id) if model_id else "hypersam"}
 
 
-@router.post("/setup", response_model=SetupResponse, openapi_extra=_BODY)
-@router.post("/label-studio/{model_id}/setup", response_model=SetupResponse, openapi_extra=_BODY)
+@router.post("/setup", response_model=SetupResponse, openapi_extra=_ANY_BODY)
+@router.post("/label-studio/{model_id}/setup", response_model=SetupResponse, openapi_extra=_ANY_BODY)
 async def setup(request: Request, state: StateDep, model_id: str | None = None) -> SetupResponse:
     """Tell which model answers."""
     await read_json(request, state.settings)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.random_sam import layout
 from hypersam.sam.detect import detect
 from hypersam.sam.families.sam_vit import FAMILY, SamViT
 from hypersam.sam.model import SamModel
@@ -119,7 +120,6 @@ def test_a_reduced_network_shares_its_layers(network):
 
 
 def test_the_affordable_side_is_a_window_of_the_published_sizes(network):
-    from benchmarks.random_sam import config
-
-    assert [FAMILY.on_meta(config(f"sam_vit_{size}")).affordable_side() for size in "blh"] == [224, 224, 224]
+    sizes = [detect(layout(f"sam_{size}")).config for size in "blh"]
+    assert [FAMILY.on_meta(config).affordable_side() for config in sizes] == [224, 224, 224]
     assert network.affordable_side() == 64
