@@ -29,7 +29,7 @@ def before_call(context: Any, case: Any, kwargs: dict[str, Any]) -> None:
     if case.method == "GET" and named is not None:
         case.path_parameters["model_id"] = _MODEL
     if case.method == "POST" and case.path == "/segment" and isinstance(case.body, dict):
-        form = "prompts" not in case.body
+        form = case.media_type == "multipart/form-data"
         case.body["model"] = _MODEL
         case.body.pop("image_id", None)
         case.body["image"] = _PICTURE if form else base64.b64encode(_PICTURE).decode()
