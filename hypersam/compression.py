@@ -158,7 +158,10 @@ def compress(
         ratio=source_bytes / artifact_bytes, fp32_ratio=full / artifact_bytes, sqnr_db=sqnr_db(found.values()),
         seconds=time.perf_counter() - began, stage_seconds=job.seconds, source_bytes=source_bytes, fp32_bytes=full,
         artifact_bytes=artifact_bytes,
-        resident_bytes=sum(resident_bytes(e, layer=name in job.roles.layers) for name, e in encoded.items()),
+        resident_bytes=sum(
+            resident_bytes(e, layer=name in job.roles.layers)
+            for name, e in encoded.items() if not job.detected.described.carries(name)
+        ),
         source_sha256=job.sha256, artifact_sha256=artifact_sha256, fidelity=compared,
         notices=notices_of(job.tensors, job.odd), **sizes(encoded, artifact_bytes),
         tensors=tuple(
@@ -367,7 +370,9 @@ def _compare(job: _Job, found: Mapping[str, EncodedTensor]) -> dict[str, Any]:
                 device=job.device,
             )  # fmt: skip
 
-        size = job.prefix_bytes(found, {}, None) + sum(t.nbytes for t in found.values())
+        # What is only carried is in no model here, neither in the original nor in the yardsticks.
+        carries = job.detected.described.carries
+        size = job.prefix_bytes(found, {}, None) + sum(t.nbytes for name, t in found.items() if not carries(name))
         report = fidelity.compare(
             original,
             {"compressed": compressed},

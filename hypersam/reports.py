@@ -13,6 +13,7 @@ from torch import Tensor
 from hypersam.checkpoint import sha256_of
 from hypersam.encoding import EncodedTensor, sqnr_db, stream_bytes
 from hypersam.errors import artifact_errors
+from hypersam.sam.families import FAMILIES
 from kernels import artifact as artifact_format
 from kernels.codec import BirkhoffTensor, Encoded, LatticeTensor, OrbitTensor, RawTensor
 
@@ -183,6 +184,9 @@ def describe_artifact(path: Path) -> dict[str, Any]:
         encoded = {name: artifact.encoded(name) for name in artifact.names()}
         size = path.stat().st_size
         report = artifact.report
+        # Inspecting is for models of unknown families too.
+        family = next((f for f in FAMILIES if f.id == artifact.model.get("family")), None)
+        needed = [e for name, e in encoded.items() if not (family and family.carries(name))]
         nothing: list[Any] = [None] * len(encoded)
         ratios, moves = report.get("tensor_sqnr_db", nothing), report.get("tensor_sensitivity", nothing)
         tensors = [asdict(tensor_report(name, e, sqnr, move))
@@ -197,7 +201,7 @@ def describe_artifact(path: Path) -> dict[str, Any]:
             "options": artifact.codec.get("options"),
             "parameters": sum(math.prod(t["shape"]) for t in tensors), "bytes": size,
             "ratio": artifact.source.get("bytes", 0) / size, "fp32_ratio": full / size, **sizes(encoded, size),
-            "resident_bytes": sum(resident_bytes(e, layer=len(e.shape) == 2) for e in encoded.values()),
+            "resident_bytes": sum(resident_bytes(e, layer=len(e.shape) == 2) for e in needed),
             "sqnr_db": report.get("sqnr_db"), "sha256": sha256_of(path), "fidelity": report.get("fidelity"),
             "source": artifact.source, "config": artifact.model.get("config"), "tensors": tensors,
         }  # fmt: skip

@@ -14,6 +14,7 @@ from benchmarks import random_sam
 from hypersam.checkpoint import read_checkpoint
 from hypersam.cli.offline import run_decompress
 from hypersam.errors import LayoutMismatch
+from hypersam.reports import describe_artifact
 from hypersam.sam.detect import detect
 from hypersam.sam.families import sam2
 from hypersam.sam.families.decoder import DecoderConfig
@@ -50,6 +51,10 @@ def test_one_is_compressed_and_segments_and_keeps_its_video_memory(
     options = {"policy": "equal_error", "fidelity": False}
     report = hypersam.compress(tmp_path / "source.pt", tmp_path / "small.hsam", options=options)
     assert (report.family, report.variant) == ("sam2_hiera", "sam2_hiera")
+    # What is only carried is in no memory.
+    loaded = hypersam.load(tmp_path / "small.hsam").model.resident_bytes()
+    for told in (report.resident_bytes, describe_artifact(tmp_path / "small.hsam")["resident_bytes"]):
+        assert told == pytest.approx(loaded, rel=0.01)
     run_decompress(tmp_path / "small.hsam", tmp_path / "back.safetensors", as_json=False)
     back = read_checkpoint(tmp_path / "back.safetensors").tensors
     assert {k: (t.shape, t.dtype) for k, t in back.items()} == {k: (t.shape, t.dtype) for k, t in state.items()}
