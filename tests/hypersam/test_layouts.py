@@ -69,3 +69,17 @@ def test_a_key_too_few_or_too_many_is_named(name: str) -> None:
 def test_a_name_decides_between_equals(layout_name: str, file: str, variant: str) -> None:
     found = detect(layout(layout_name), name=file)
     assert (found.variant, found.decided_by) == (variant, "name")
+
+
+@pytest.mark.parametrize("name", ["sam2_t", "sam21_s", "sam2_bp", "sam21_l"])
+def test_without_the_memory_nothing_tells_sam_2_from_2_1_but_the_caller_and_the_name(name: str) -> None:
+    whole = detect(layout(name))
+    pictures = {key: t for key, t in layout(name).items() if not whole.described.carries(key)}
+    size = whole.variant.split("_hiera_")[1]
+    found = detect(pictures)
+    assert found.candidates == (f"sam2_hiera_{size}", f"sam2.1_hiera_{size}")
+    assert found.decided_by == "order"
+    for variant in found.candidates:
+        assert detect(pictures, variant=variant).decided_by == "caller"
+        named = detect(pictures, name=f"my_{variant}.safetensors")
+        assert (named.variant, named.decided_by) == (variant, "name")

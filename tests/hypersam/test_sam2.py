@@ -22,8 +22,8 @@ from hypersam.sam.families.sam2 import Sam2, Sam2Config, stability
 from hypersam.sam.network import Prompts
 
 SMALL = Sam2Config(
-    release=21, image_size=256, embed_dim=16, heads=1, stages=(1, 2, 3, 1), global_blocks=(4,), windows=(8, 4, 14, 7),
-    background=7, mlp_ratio=4,
+    releases=(21,), image_size=256, embed_dim=16, heads=1, stages=(1, 2, 3, 1), global_blocks=(4,),
+    windows=(8, 4, 14, 7), background=7, mlp_ratio=4,
     decoder=DecoderConfig(
         dim=32, mask_in_chans=16, multimask_outputs=3, depth=2, mlp_dim=64, iou_depth=3, iou_hidden=64
     ),

@@ -29,6 +29,8 @@ _TRUNK = "image_encoder.trunk."
 MARK = _TRUNK + "pos_embed_window"
 _LATER = "no_obj_embed_spatial"
 """What SAM 2.1 has and SAM 2 has not."""
+_MEMORY = "maskmem_tpos_enc"
+"""Both have it, but not a file from which all that pictures do not need was taken."""
 _IMAGE_SIZE = 1024
 _STAGES = 4
 _STRIDE = 4
@@ -36,7 +38,7 @@ PATCH = 16
 """Pixels of the picture a side of an embedding's pixel."""
 _DELTA, _STABLE = 0.05, 0.98
 """A single mask is given up for the best of three where the IoU of its areas above +0.05 and above -0.05 is lower."""
-_LISTS = ("stages", "global_blocks", "windows")
+_LISTS = ("releases", "stages", "global_blocks", "windows")
 # First width and blocks a stage: heads of the first stage, blocks with global attention, window sides a stage.
 _PUBLISHED: dict[tuple[int, tuple[int, ...]], tuple[int, tuple[int, ...], tuple[int, ...]]] = {
     (96, (1, 2, 7, 2)): (1, (5, 7, 9), (8, 4, 14, 7)),
@@ -61,11 +63,12 @@ _VIDEO = (
 
 @dataclass(frozen=True)
 class Sam2Config:
-    """Sizes of a SAM 2. ``release``: 20 or 21. ``stages``: blocks of each; widths and heads double from one to the
+    """Sizes of a SAM 2. ``releases``: 20 for SAM 2, 21 for SAM 2.1, both where the file has none of the video's memory,
+    by which alone they differ. ``stages``: blocks of each; widths and heads double from one to the
     next, from ``embed_dim`` and ``heads``. ``windows``: sides of a stage's attention windows, in its tokens;
     ``global_blocks`` attend to everything. ``background``: side of the coarse table of positions."""
 
-    release: int
+    releases: tuple[int, ...]
     image_size: int
     embed_dim: int
     heads: int
@@ -80,6 +83,16 @@ class Sam2Config:
     def grid(self) -> int:
         """Side of the embedding."""
         return self.image_size // PATCH
+
+    @property
+    def may_be_first(self) -> bool:
+        """Whether it may be SAM 2."""
+        return 20 in self.releases
+
+    @property
+    def may_be_later(self) -> bool:
+        """Whether it may be SAM 2.1."""
+        return 21 in self.releases
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON; ``from_dict`` reads it."""
@@ -117,7 +130,7 @@ def _read(tensors: Mapping[str, Tensor]) -> Sam2Config:
     mask_decoder = "sam_mask_decoder."
     dim = shapes.of("sam_prompt_encoder.no_mask_embed.weight", 2)[1]
     return Sam2Config(
-        release=21 if shapes.has(_LATER) else 20,
+        releases=(21,) if shapes.has(_LATER) else (20,) if shapes.has(_MEMORY) else (20, 21),
         image_size=_IMAGE_SIZE,
         embed_dim=embed_dim,
         heads=heads,
