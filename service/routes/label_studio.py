@@ -97,7 +97,7 @@ class Drawn(BaseModel):
 
 
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
-_ANY_BODY = {"requestBody": {"content": {"application/json": {"schema": {}}}}}  # not looked at
+_ANY_BODY: dict[str, Any] = {"requestBody": {"content": {"application/json": {"schema": {}}}}}  # not looked at
 
 
 @router.get("/health")
