@@ -76,9 +76,14 @@ class Source:
         return self.file_name or self.path.name
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """All files."""
+        return (self.path, Path(self.decoder)) if self.decoder else (self.path,)
+
+    @property
     def bytes(self) -> int:
         """Of all files."""
-        return self.path.stat().st_size + (Path(self.decoder).stat().st_size if self.decoder else 0)
+        return sum(path.stat().st_size for path in self.paths)
 
     def read(self) -> Checkpoint:
         """See ``read_checkpoint``."""

@@ -239,7 +239,7 @@ def _open(
     sha256 = sha256_of(source, lambda n: tell(Progress("reading", n, size)))
     detected = detected.told(sha256=sha256, name=given.name)
     goal, roles = goal_of(codec, options), roles_of(detected)
-    pages = MappedFile(source)
+    pages = MappedFile(given.paths, checkpoint.tensors.values())
 
     def told(step: Progress) -> None:
         tell(step)
