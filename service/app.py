@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import TypedDict
 
 from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
-from fastapi.responses import FileResponse
 from starlette.middleware.cors import CORSMiddleware
 
 from hypersam.engine import Engine
 from hypersam.jobs import JobBoard, connect
 from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
-from service import errors
+from service import errors, page
 from service.deps import State
 from service.guard import Guard, secured
 from service.metrics import MeasureRequests, Metrics
@@ -27,7 +25,6 @@ from service.routes import compress, health, jobs, label_studio, models, osam, s
 from service.schemas import Problem
 
 PICTURES_AT_ONCE = 2  # being decoded: each may take hundreds of MB, and a core
-PAGE = Path(__file__).parent / "static" / "index.html"
 _DESCRIPTION = "Compress Segment Anything checkpoints and serve them from their compressed weights."
 
 
@@ -75,11 +72,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(RequestIds)  # around the others: what they log has its id
     for module in (compress, jobs, models, segment, osam, label_studio, variants, health):
         app.include_router(module.router)
-
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        return FileResponse(PAGE, media_type="text/html")
-
+    page.install(app)
     return app
 
 
