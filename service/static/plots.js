@@ -30,20 +30,20 @@ export function ticks(low, high, count) {
 
 /** One dot a tensor in the model's order; its area grows with the tensor, its shape tells the coding. */
 export function dots(width, rows, { name, label, form, title }) {
-  const logarithmic = name === "sensitivity";
+  const base = { sensitivity: 10, bits_per_weight: 2 }[name]; // of the scale; none: a linear one
   const height = width < 500 ? 240 : 300, [left, right, top, bottom] = [46, 10, 12, 34];
-  const scaled = (row) => (logarithmic ? Math.log10(row[name]) : row[name]);
-  const drawn = rows.map((row, at) => ({ row, at })).filter(({ row }) => row[name] != null && (!logarithmic || row[name] > 0));
+  const scaled = (row) => (base ? Math.log(row[name]) / Math.log(base) : row[name]);
+  const drawn = rows.map((row, at) => ({ row, at })).filter(({ row }) => row[name] != null && (!base || row[name] > 0));
   const values = drawn.map(({ row }) => scaled(row));
-  const low = name === "bits_per_weight" ? 0 : Math.min(...values), high = Math.max(...values);
-  const pad = 0.06 * (high - low || 1), from = name === "bits_per_weight" ? 0 : low - pad, to = high + pad;
+  const low = Math.min(...values), high = Math.max(...values);
+  const pad = 0.06 * (high - low || 1), from = low - pad, to = high + pad;
   const x = (at) => left + ((at + 0.5) / rows.length) * (width - left - right);
   const y = (value) => height - bottom - ((value - from) / (to - from)) * (height - top - bottom);
   const chart = canvas(width, height, `${title}: ${drawn.length} tensors, from ${form(Math.min(...drawn.map(({ row }) => row[name])))} to ${form(Math.max(...drawn.map(({ row }) => row[name])))}. The table below has all values.`);
-  const marks = logarithmic ? ticks(Math.ceil(from), Math.floor(to), 5).filter(Number.isInteger) : ticks(from, to, 5);
+  const marks = base ? ticks(Math.ceil(from), Math.floor(to), 5).filter(Number.isInteger) : ticks(from, to, 5);
   for (const value of marks) {
     chart.append(svg("line", { class: "grid", x1: left, x2: width - right, y1: y(value), y2: y(value) }));
-    chart.append(svg("text", { class: "tick", x: left - 8, y: y(value) + 4, "text-anchor": "end" }, logarithmic ? power(value) : String(value)));
+    chart.append(svg("text", { class: "tick", x: left - 8, y: y(value) + 4, "text-anchor": "end" }, base === 10 ? `1e${value}` : String(base ? base ** value : value)));
   }
   for (const zone of zonesOf(rows)) {
     const start = x(zone.from - 0.5), end = x(zone.to - 0.5);
@@ -64,7 +64,6 @@ export function dots(width, rows, { name, label, form, title }) {
 }
 
 const count = (row) => row.shape.reduce((product, side) => product * side, 1);
-const power = (value) => `1e${value}`;
 
 /** The model's parts, as ranges of tensors. */
 function zonesOf(rows) {
@@ -77,7 +76,7 @@ function zonesOf(rows) {
   return zones;
 }
 
-const ROW = 34, LABEL = 118;
+const ROW = 34, LABEL = 100;
 
 /** Horizontal bars with their values written beside. */
 export function bars(width, rows) {

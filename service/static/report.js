@@ -8,7 +8,7 @@ const METRICS = [
   ["sqnr_db", "SQNR, dB", (v) => `${v.toFixed(1)} dB`],
   ["sensitivity", "Sensitivity", (v) => v.toExponential(1)],
 ];
-const YARDSTICKS = { int8: "int8, by row", int4: "int4, groups of 128" };
+const YARDSTICKS = { int8: "int8 by row", int4: "int4 by 128" };
 
 /** Show a report (of a model or of a plan) in `root`. */
 export function showReport(root, report, title) {
@@ -16,7 +16,7 @@ export function showReport(root, report, title) {
   root.replaceChildren(figures(report, models.compressed), ...notices(report), tensors(report, title));
   const small = element("div", { className: "charts" });
   root.append(small);
-  const yardsticks = Object.entries(models).filter(([name]) => name in YARDSTICKS);
+  const yardsticks = Object.keys(YARDSTICKS).filter((name) => name in models).map((name) => [name, models[name]]);
   const sizes = [
     { label: "Checkpoint", value: report.source_bytes },
     ...yardsticks.map(([name, { nbytes }]) => ({ label: YARDSTICKS[name], value: nbytes })),

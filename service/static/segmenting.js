@@ -132,8 +132,8 @@ class Panel {
   facts() {
     const { model } = this;
     const found = model?.report.fidelity?.models.compressed;
-    const parts = !model ? [] : [`${size(model.artifact_bytes)} of ${size(model.report.source_bytes)}`];
-    if (model && isOriginal(model.report)) parts.splice(0, 1, size(model.artifact_bytes), "weights as they were");
+    const parts = [];
+    if (model && isOriginal(model.report)) parts.push(size(model.artifact_bytes), "the weights as they were");
     else if (model) parts.push(`${times(model.report.ratio)} smaller`, `${fixed(model.report.bits_per_weight, 2)} bits a weight`);
     if (found && !isOriginal(model.report)) parts.push(`masks ${fixed(100 * found.mask_iou, 1)} % those of the original`);
     this.root.querySelector(".facts").textContent = parts.join(" · ");
