@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from hypersam.settings import Settings
+from tests.service.running import ROOT, Api
+
+ASSETS = ROOT / "hypersam" / "assets"
+CARRIED = ASSETS / "small_sam.pth"
+UNTOUCHED = '{"min_elements": 1099511627776}'
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+# Not for the whole session: Playwright keeps an event loop running, beside which other tests cannot run theirs.
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    if CHROMIUM is None:
+        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # root has no sandbox
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
+        try:
+            yield browser
+        finally:
+            browser.close()
+
+
+@pytest.fixture(scope="module")
+def service(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """With the carried SAM as it is (``original``) and eight times smaller (``eight``)."""
+    settings = Settings(
+        data_dir=tmp_path_factory.mktemp("data"), port=0, workers=1, worker_heartbeat=2, device="cpu",
+        register_default=False,
+    )  # fmt: skip
+    service = Api(settings)
+    try:
+        # By an equal error, which needs no measuring.
+        eight = {"codec": "lattice", "preset": "8x", "policy": "equal_error", "fidelity": "true"}
+        for name, options in {"original": {"options": UNTOUCHED}, "eight": eight}.items():
+            sent = service.compress(CARRIED, name=name, **options)
+            assert service.wait_job(sent.json()["id"])["state"] == "succeeded", service.output()
+        yield service
+    finally:
+        service.stop()
+
+
+class Visit:
+    """A fresh visitor of the page, who notes what it says on the console and whom it asks."""
+
+    def __init__(self, browser: Browser, url: str, *, errors: bool = False, **options: Any) -> None:
+        self.url = url
+        self.context = browser.new_context(locale="en-GB", **{"viewport": {"width": 1280, "height": 900}} | options)
+        self.context.set_default_timeout(20_000)
+        self.page: Page = self.context.new_page()
+        self.noise: list[str] = []
+        self.elsewhere: list[str] = []
+        self.page.on("console", lambda m: self._said(m.type, m.text, errors))
+        self.page.on("pageerror", lambda error: self.noise.append(str(error)))
+        self.page.on("request", lambda r: None if r.url.startswith((url, "blob:")) else self.elsewhere.append(r.url))
+        self.page.goto(url + "/")
+
+    def _said(self, kind: str, text: str, errors: bool) -> None:
+        # Chromium itself notes every status from 400 on.
+        if kind in ("warning", "error") and not (errors and text.startswith("Failed to load resource")):
+            self.noise.append(f"{kind}: {text}")
+
+    def sample(self, number: int = 0) -> None:
+        with self.page.expect_response("**/embed") as answer:
+            self.page.click(f"[aria-label='Sample picture {number + 1}']")
+        assert answer.value.status == 200
+        self.page.locator("#panel-a .busy").wait_for(state="hidden")
+
+    def place(self, x: float, y: float, panel: str = "a") -> tuple[float, float]:
+        """Of a pixel of the 256 × 256 sample, on the window."""
+        canvas = self.page.locator(f"#stage-{panel}")
+        canvas.scroll_into_view_if_needed()
+        box = canvas.bounding_box()
+        assert box is not None
+        return box["x"] + x / 256 * box["width"], box["y"] + y / 256 * box["height"]
+
+    def segmented(self, act: Callable[[], object]) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Do something that asks for one mask; what was asked and what was answered."""
+        with self.page.expect_response("**/segment") as answer:
+            act()
+        response = answer.value
+        assert response.status == 200, response.text()
+        self.page.wait_for_function("document.querySelector('#panel-a .figures').textContent !== ''")
+        return response.request.post_data_json, response.json()
+
+    def click(self, x: float, y: float, button: Any = "left") -> tuple[dict[str, Any], dict[str, Any]]:
+        return self.segmented(lambda: self.page.mouse.click(*self.place(x, y), button=button))
+
+    def canvas(self, panel: str = "a") -> np.ndarray:
+        """What the canvas shows, as RGB."""
+        self.page.wait_for_timeout(100)  # the next frame is drawn
+        inside = "c => [c.width, c.height, [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data]]"
+        width, height, data = self.page.eval_on_selector(f"#stage-{panel}", inside)
+        return np.asarray(data, np.int16).reshape(height, width, 4)[..., :3]
+
+    def figures(self, panel: str = "a") -> str:
+        return self.page.inner_text(f"#panel-{panel} .figures")
+
+    def close(self) -> None:
+        self.context.close()
+
+
+@pytest.fixture
+def visit(browser: Browser, service: Api) -> Iterator[Callable[..., Visit]]:
+    """Open the page; at the end it must have asked no other host and complained of nothing."""
+    opened: list[Visit] = []
+
+    def open_page(**options: Any) -> Visit:
+        opened.append(Visit(browser, options.pop("url", service.url), **options))
+        return opened[-1]
+
+    with contextlib.ExitStack() as stack:
+        for_all = opened
+        stack.callback(lambda: [each.close() for each in for_all])
+        yield open_page
+        for each in opened:
+            assert each.noise == []
+            assert each.elsewhere == []
+
+
+def resized(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(Image.fromarray(mask.astype(np.uint8)).resize(shape[1::-1], Image.Resampling.NEAREST)) > 0
+
+
+def checkpoint_of(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
