@@ -26,6 +26,7 @@ export class Press {
   #file = null;
   #control = null;
   #job = null;
+  #busy = false; // with a job that was started here
   #said = "";
 
   constructor(done) {
@@ -67,8 +68,8 @@ export class Press {
     const allocated = codec === "lattice" || codec === "orbit";
     $("goal-field").hidden = $("policy-field").hidden = !allocated;
     $("amount-field").hidden = !allocated || !(goal in AMOUNTS);
-    $("amount-label").textContent = AMOUNTS[goal] ?? "";
-    $("start").disabled = !this.#file || this.#job !== null;
+    $("amount-label").textContent = AMOUNTS[goal] ?? "Amount";
+    $("start").disabled = !this.#file || this.#busy;
     $("plan").disabled = $("start").disabled || !allocated;
     if (this.#file) $("name").placeholder = this.#suggestion();
   }
@@ -99,10 +100,12 @@ export class Press {
   }
 
   async #start(what) {
-    if (!this.#file || this.#job) return;
+    if (!this.#file || this.#busy) return;
     this.#fail(null);
+    this.#control?.abort(); // looks no longer at what was going on before
     const control = (this.#control = new AbortController());
     this.#job = { id: null };
+    this.#busy = true;
     this.#show(`Uploading ${this.#file.name}`);
     try {
       const job = await upload(what, this.#form(what === "plan"), {
@@ -114,19 +117,19 @@ export class Press {
       $("job").hidden = true;
       this.#fail(error);
     } finally {
-      this.#end();
+      this.#busy = false;
+      this.#options();
     }
   }
 
   /** Watch a job that is at work already, as after a reload. */
   async follow(job) {
-    if (this.#job) return;
+    if (this.#busy) return;
+    this.#control?.abort();
     try {
       await this.#watch(job, (this.#control = new AbortController()));
     } catch (error) {
       this.#fail(error);
-    } finally {
-      this.#end();
     }
   }
 
@@ -169,11 +172,6 @@ export class Press {
     // Read out when the stage changes, and not with every percent.
     const said = stage.replace(/ [\d.]+ .*/, "");
     if (said && said !== this.#said) $("job-said").textContent = this.#said = said;
-  }
-
-  #end() {
-    this.#job = null;
-    this.#options();
   }
 
   #fail(error) {
