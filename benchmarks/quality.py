@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -65,6 +66,7 @@ def _others(checkpoint: Path, python: Path, folder: Path) -> Iterator[tuple[str,
     coded = sum(w.numel() for w in weights.values())
     for line in map(json.loads, done.stdout.splitlines()):
         if "failed" in line:
+            print(f"{line['method']}: left out, {line['failed']}", file=sys.stderr)
             continue
         dense = load_file(folder / f"{line['method']}.safetensors")
         torch.save({**state, **dense}, folder / "peer.pth")

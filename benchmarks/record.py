@@ -24,7 +24,8 @@ def machine() -> dict[str, Any]:
         done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
         return done.stdout.strip()
 
-    dirty = "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+    # The rows of this folder are what a run writes, not what it measured.
+    dirty = "+" if git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results") else ""
     return {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
         "commit": git("rev-parse", "--short", "HEAD") + dirty,
