@@ -18,7 +18,12 @@ from hypersam.settings import Settings
 from tests.page.conftest import ROOT, Visit, checkpoint_of, pixels, resized, until
 from tests.service.running import Api
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    # pycocotools' decoder, with NumPy 2.
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
 Open = Callable[..., Visit]
 SHOTS = ROOT / "docs" / "images"
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
@@ -342,7 +347,7 @@ def test_screenshots(visit: Open) -> None:
         v.page.evaluate("scrollTo(0, 0)")
         v.page.wait_for_timeout(400)
         v.page.screenshot(path=SHOTS / f"page-{scheme}.png")
-    v = visit()
+    v = visit(viewport={"width": 1280, "height": 1180})  # with room for all of the report beneath the page's head
     v.sample(1)
     with v.page.expect_response("**/embed"):
         v.page.check("#compare")
