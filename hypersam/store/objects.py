@@ -40,7 +40,7 @@ def connect(settings: Settings) -> S3Store:
     url = settings.store_url
     if not url.startswith("s3://") or len(url) == len("s3://"):
         raise InvalidOption("store_url is s3://bucket or s3://bucket/prefix; leave it empty for the local disk")
-    config: dict[str, Any] = {"aws_checksum_algorithm": "SHA256"}
+    config: Any = {"aws_checksum_algorithm": "SHA256"}
     if settings.store_endpoint:
         config["aws_endpoint"] = settings.store_endpoint
     if settings.store_region:
