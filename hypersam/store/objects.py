@@ -32,6 +32,7 @@ from hypersam.store.disk import DIGEST, NAME, ArtifactStore, ModelRecord, Upload
 
 log = logging.getLogger(__name__)
 
+ABSENT = (NotFoundError, FileNotFoundError)  # obstore raises the one or the other
 BLOCK = 16 << 20  # bytes of one request
 
 
@@ -58,7 +59,7 @@ def _reached(what: str) -> Iterator[None]:
     """Turn what the client raises, but for the answers that are asked for, into ``StoreUnavailable``."""
     try:
         yield
-    except (AlreadyExistsError, NotFoundError, NotModifiedError):
+    except (AlreadyExistsError, NotModifiedError, *ABSENT):
         raise
     except (BaseError, OSError) as error:
         log.warning("object store: %s: %s", what, type(error).__name__)
@@ -103,7 +104,7 @@ class ObjectStore(ArtifactStore):
         try:
             with _reached("ask for an object"):
                 return int(obstore.head(self.remote, key)["size"])
-        except NotFoundError:
+        except ABSENT:
             return None
 
     def send(self, path: Path, key: str) -> None:
@@ -119,7 +120,7 @@ class ObjectStore(ArtifactStore):
                 yield bytes(obstore.get_range(self.remote, key, start=start, end=min(start + BLOCK, size)))
 
     def _delete(self, key: str) -> None:
-        with contextlib.suppress(NotFoundError), _reached("delete an object"):
+        with contextlib.suppress(*ABSENT), _reached("delete an object"):
             obstore.delete(self.remote, key)
 
     def _listed(self, prefix: str) -> Iterator[Mapping[str, Any]]:
@@ -143,7 +144,7 @@ class ObjectStore(ArtifactStore):
             size = self.size(key) or 0
             with room("a copy of an upload"):
                 return self._sources.get(digest, digest, size, self._blocks(key, size))
-        except NotFoundError:
+        except ABSENT:
             raise UnknownUpload(f"the upload with sha256 {digest} was deleted; send the file") from None
 
     def remove_upload(self, digest: str) -> None:
@@ -189,7 +190,7 @@ class ObjectStore(ArtifactStore):
         except NotModifiedError:
             assert held is not None
             return held[1]
-        except NotFoundError:
+        except ABSENT:
             self._known.pop(name, None)
             return None
         record = ModelRecord(**json.loads(body))
@@ -207,7 +208,7 @@ class ObjectStore(ArtifactStore):
         try:
             with room("a copy of an artifact"):
                 return self._cache.get(name, record.digest, record.bytes, self._blocks(record.object, record.bytes))
-        except NotFoundError:
+        except ABSENT:
             raise UnknownModel(f"the artifact of {record.name!r} is gone from the object store") from None
 
     def remove(self, name: str) -> ModelRecord:
