@@ -198,6 +198,12 @@ class Unavailable(HypersamError):
     code = "unavailable"
 
 
+class StoreUnavailable(Unavailable):
+    """The object store does not answer, or not as it should."""
+
+    code = "store_unavailable"
+
+
 class Overloaded(Unavailable):
     """More requests wait than the service lets wait."""
 

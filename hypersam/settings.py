@@ -36,6 +36,13 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
 
     data_dir: Path = Field(Path("hypersam-data"), description="uploads, artifacts, models, Redis's file")
+    store_url: str = Field("", description="s3://bucket/prefix that hosts share; empty: all is kept in data_dir")
+    store_endpoint: str | None = Field(None, description="address of an S3-compatible server; none: AWS")
+    store_region: str | None = None
+    store_allow_http: bool = Field(False, description="let store_endpoint be http://, for a server next door")
+    cache_bytes: PositiveInt = Field(
+        50 * GIB, description="artifacts of the object store that this host keeps a copy of"
+    )
     redis_url: str | None = Field(None, description="redis://…, rediss://… or unix://…; none: start one")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)

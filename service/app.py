@@ -14,7 +14,7 @@ from starlette.middleware.cors import CORSMiddleware
 from hypersam.engine import Engine
 from hypersam.jobs import JobBoard, connect
 from hypersam.settings import Settings
-from hypersam.store import ArtifactStore
+from hypersam.store import open_store
 from service import errors, page
 from service.deps import State
 from service.guard import Guard, secured
@@ -38,7 +38,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[_Lifespan]:
-        store = await to_thread.run_sync(ArtifactStore, settings.data_dir)
+        store = await to_thread.run_sync(open_store, settings)
         connection = connect(settings)
         engine = Engine(settings)
         board = JobBoard(connection, store, settings)

@@ -13,10 +13,10 @@ from rq import get_current_job
 from rq.job import Job
 from rq.timeouts import JobTimeoutException
 
-from hypersam.errors import HypersamError, JobCancelled, StoreFull
+from hypersam.errors import HypersamError, JobCancelled, StoreFull, StoreUnavailable
 from hypersam.jobs import JobBoard, JobSpec, connect
 from hypersam.settings import Settings
-from hypersam.store import NO_ROOM, ArtifactStore, ModelRecord
+from hypersam.store import NO_ROOM, ArtifactStore, ModelRecord, open_store
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +79,12 @@ class JobReporter:
 
     def fail(self, code: str, message: str) -> None:
         """Note why the job fails. Failures that another try would repeat are not retried."""
-        self._job.meta["error"] = {"code": code, "message": message}
         self._job.retries_left = 0
+        self.note(code, message)
+
+    def note(self, code: str, message: str) -> None:
+        """Note why the job fails if no other try does better."""
+        self._job.meta["error"] = {"code": code, "message": message}
         self.save()
 
     def save(self) -> None:
@@ -103,9 +107,10 @@ def compress_checkpoint(request: Mapping[str, Any]) -> dict[str, Any]:
 
 def run(spec: JobSpec, job: Job, settings: Settings, connection: Redis) -> dict[str, Any]:
     """Do the work of ``compress_checkpoint`` with everything it needs given."""
-    store = ArtifactStore(settings.data_dir)
+    store = open_store(settings)
     board = JobBoard(connection, store, settings)
     reporter = JobReporter(job, lambda: board.cancel_requested(job.id), attempt=board.begin(job.id))
+    needed = False
     try:
         if board.cancel_requested(job.id):
             raise JobCancelled("the job was cancelled")
@@ -114,6 +119,10 @@ def run(spec: JobSpec, job: Job, settings: Settings, connection: Redis) -> dict[
         record = store.find(spec.name)
         if record is None or record.request != spec.key:
             record = _compress(spec, job.id, settings, store, reporter)
+    except StoreUnavailable as error:  # RQ tries again, so the upload stays; at the last, it may be asked for anew
+        reporter.note(error.code, str(error))
+        needed = True
+        raise
     except HypersamError as error:
         reporter.fail(error.code, str(error))
         raise
@@ -129,7 +138,8 @@ def run(spec: JobSpec, job: Job, settings: Settings, connection: Redis) -> dict[
         raise
     finally:
         store.remove_work(job.id)
-        board.release(spec)
+        if not needed:
+            board.release(spec)
     return _result(record)
 
 

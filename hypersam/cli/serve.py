@@ -25,7 +25,7 @@ from hypersam.errors import HypersamError, NameTaken
 from hypersam.jobs import JobBoard, JobSpec, connect
 from hypersam.options import check_options
 from hypersam.settings import Settings
-from hypersam.store import ArtifactStore
+from hypersam.store import open_store
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ def register_carried(settings: Settings) -> None:
     """Queue the compression of the small SAM that the package carries, unless its name is in use."""
     if not settings.register_default or not CARRIED_SAM.is_file():
         return
-    store = ArtifactStore(settings.data_dir)
+    store = open_store(settings)
     if store.find(settings.default_model) is not None:
         return
     upload = store.new_upload(settings.max_upload_bytes)
@@ -110,6 +110,7 @@ def register_carried(settings: Settings) -> None:
             codec_version=CODEC_VERSION,
             options=check_options(DEFAULT_CODEC),
         )
+        upload.stage()
         with contextlib.closing(connect(settings)) as connection:
             JobBoard(connection, store, settings).submit(spec, upload.commit)
     except NameTaken:

@@ -97,6 +97,8 @@ async def _from_form(request: Request, state: State, dry_run: bool) -> JobView:
         file_name = PurePath(form.filenames["file"]).name
         decoder = second.writer.digest if second.complete else None
         spec = _spec(fields, sink.writer.digest, decoder, file_name, dry_run)
+        for writer in sent:  # before the queue is locked: it may take long
+            await to_thread.run_sync(writer.stage)
         return await _submit(state, spec, lambda: [writer.commit() for writer in sent])
     finally:
         for each in (sink, second):
@@ -119,7 +121,7 @@ async def _from_json(request: Request, state: State, dry_run: bool) -> JobView:
         )
     digest = source.upload
     spec = _spec(wanted, digest, source.decoder, "", dry_run)
-    return await _submit(state, spec, lambda: [state.store.upload(each) for each in spec.uploads])
+    return await _submit(state, spec, lambda: [state.store.require_upload(each) for each in spec.uploads])
 
 
 async def _submit(state: State, spec: JobSpec, take: Callable[[], object]) -> JobView:

@@ -43,7 +43,7 @@ async def get_artifact(model_id: str, request: Request, state: StateDep) -> Resp
     known = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
     if etag in known or "*" in known:
         return Response(status_code=304, headers={"ETag": etag})
-    path = state.store.artifact(record)
+    path = await to_thread.run_sync(state.store.artifact, record)
     if not path.is_file():
         raise UnknownModel(f"the artifact of {model_id!r} is gone from the data folder")
     return FileResponse(

@@ -45,6 +45,7 @@ class ModelRecord:
     source_sha256: str
     created: str  # ISO 8601, UTC
     report: Mapping[str, Any] = field(default_factory=dict)
+    object: str = ""  # its key, in an object store
 
 
 def check_name(name: str) -> str:
@@ -58,7 +59,7 @@ def check_name(name: str) -> str:
 
 
 @contextlib.contextmanager
-def _room(what: str) -> Iterator[None]:
+def room(what: str) -> Iterator[None]:
     """Turn the system's 'no space left' into ``StoreFull``."""
     try:
         yield
@@ -81,7 +82,7 @@ class UploadWriter:
         self.path = folder / f"{uuid.uuid4().hex}{PART}"
         self.bytes = 0
         self.digest = ""
-        with _room("an upload"):
+        with room("an upload"):
             self._file: BinaryIO = self.path.open("xb")
 
     def write(self, data: bytes | bytearray) -> None:
@@ -90,22 +91,25 @@ class UploadWriter:
         if self.bytes > self._max_bytes:
             raise UploadTooLarge(f"the checkpoint has more than the {self._max_bytes} bytes accepted here")
         self._hash.update(data)
-        with _room("the upload"):
+        with room("the upload"):
             self._file.write(data)
 
     def flush(self) -> None:
         """Make what was written visible to readers of ``path``."""
-        with _room("the upload"):
+        with room("the upload"):
             self._file.flush()
 
     def finish(self) -> str:
         """Flush to the disk and return the sha256 of everything written, in hexadecimal."""
-        with _room("the upload"):
+        with room("the upload"):
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
         self.digest = self._hash.hexdigest()
         return self.digest
+
+    def stage(self) -> None:
+        """Bring the finished upload where ``commit`` needs little time; nothing to do on a disk."""
 
     def commit(self) -> Path:
         """Give the upload its final name, its digest. An equal upload that is there already stays."""
@@ -146,6 +150,10 @@ class ArtifactStore:
             raise UnknownUpload(f"no upload with sha256 {digest[:64]!r} is held; send the file")
         return path
 
+    def require_upload(self, digest: str) -> None:
+        """Raise ``UnknownUpload`` unless the upload is held."""
+        self.upload(digest)
+
     def touch_upload(self, digest: str) -> None:
         """Make an upload count as new, if it is there: something refers to it again."""
         if DIGEST.fullmatch(digest):
@@ -163,7 +171,7 @@ class ArtifactStore:
         """Return an empty folder for what a job writes while it runs."""
         path = self.work / check_name(job_id)
         self.remove_work(job_id)
-        with _room("a job"):
+        with room("a job"):
             path.mkdir()
         return path
 
@@ -259,7 +267,7 @@ class ArtifactStore:
     def check(self) -> None:
         """Raise ``OSError`` or ``StoreFull`` unless the folder can be written."""
         probe = self.work / f"probe-{uuid.uuid4().hex}{PART}"
-        with _room("a probe"):
+        with room("a probe"):
             probe.write_bytes(b"ok")
         probe.unlink()
 
@@ -272,7 +280,7 @@ class ArtifactStore:
 
     def _write_json(self, path: Path, value: Mapping[str, Any]) -> None:
         temporary = path.with_name(f".{uuid.uuid4().hex}{PART}")
-        with _room("a registration"), temporary.open("x", encoding="utf-8") as file:
+        with room("a registration"), temporary.open("x", encoding="utf-8") as file:
             json.dump(value, file, indent=1, sort_keys=True)
             file.flush()
             os.fsync(file.fileno())
