@@ -139,7 +139,10 @@ def run(spec: JobSpec, job: Job, settings: Settings, connection: Redis) -> dict[
     finally:
         store.remove_work(job.id)
         if not needed:
-            board.release(spec)
+            try:
+                board.release(spec)
+            except StoreUnavailable as error:  # the job has its outcome; the sweep takes the upload later
+                log.warning("the upload of %s stays for now: %s", job.id, error)
     return _result(record)
 
 

@@ -5,7 +5,7 @@
     models/<name>.json                  registrations, made by a put that fails where the name is taken
 
 An object of S3 appears whole or not at all, a multipart one too. The data folder holds copies of what this host uses
-and what its jobs write. docs/adr/0030-object-store.md says why it is so.
+and what its jobs write. docs/adr/0008-object-store.md says why it is so.
 """
 
 from __future__ import annotations
@@ -193,6 +193,11 @@ class ObjectStore(ArtifactStore):
         except ABSENT:
             self._known.pop(name, None)
             return None
+        except StoreUnavailable:
+            # What this host has seen it goes on serving: a copy of the artifact is on its disk, or in its memory.
+            if held is None:
+                raise
+            return held[1]
         record = ModelRecord(**json.loads(body))
         if tag:
             self._known[name] = (tag, record)

@@ -121,7 +121,12 @@ async def _from_json(request: Request, state: State, dry_run: bool) -> JobView:
         )
     digest = source.upload
     spec = _spec(wanted, digest, source.decoder, "", dry_run)
-    return await _submit(state, spec, lambda: [state.store.require_upload(each) for each in spec.uploads])
+
+    def take() -> None:
+        for each in spec.uploads:
+            state.store.require_upload(each)
+
+    return await _submit(state, spec, take)
 
 
 async def _submit(state: State, spec: JobSpec, take: Callable[[], object]) -> JobView:
