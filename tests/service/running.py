@@ -32,13 +32,13 @@ JOB_TIMEOUT = 90.0
 
 
 class Process:
-    """A child process whose output is kept for the message of a failing test."""
+    """A child process whose output is kept for the message of a failing test; ``within``: what it is started by."""
 
-    def __init__(self, command: list[str], settings: Settings) -> None:
+    def __init__(self, command: list[str], settings: Settings, *, within: tuple[str, ...] = ()) -> None:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("HYPERSAM_")}
         environment = {**inherited, **settings.environment(), "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
-            command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [*within, *command], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         )  # fmt: skip
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -81,8 +81,8 @@ class Process:
 class Api(Process):
     """The whole of ``hypersam serve``."""
 
-    def __init__(self, settings: Settings) -> None:
-        super().__init__([sys.executable, "-c", SERVE], settings)
+    def __init__(self, settings: Settings, *, within: tuple[str, ...] = ()) -> None:
+        super().__init__([sys.executable, "-c", SERVE], settings, within=within)
         self.settings = settings
         self.url = self.wait_for("hypersam is ready at").split()[4]
         self.http = httpx.Client(base_url=self.url, timeout=60)

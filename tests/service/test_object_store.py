@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -31,26 +32,34 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-@pytest.fixture(scope="session")
-def s3_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+@contextlib.contextmanager
+def s3_server(log: Path, host: str = "127.0.0.1") -> Iterator[int]:
+    """A real S3 server in a process of its own; gives its port. Skips the test where there is none."""
     command = os.environ.get("MOTO_SERVER") or shutil.which("moto_server")
     if command is None:
-        pytest.skip("no S3 server: `pip install moto[server]` puts moto_server on PATH, or MOTO_SERVER names it")
-    address = f"http://127.0.0.1:{(port := free_port())}"
-    log = (tmp_path_factory.mktemp("s3") / "log").open("wb")
-    with log, subprocess.Popen([command, "-H", "127.0.0.1", "-p", str(port)], stdout=log, stderr=log) as server:
+        pytest.skip("no S3 server: `pip install moto[s3,server]` puts moto_server on PATH, or MOTO_SERVER names it")
+    port = free_port()
+    with (
+        log.open("wb") as output,
+        subprocess.Popen([command, "-H", host, "-p", str(port)], stdout=output, stderr=output) as server,
+    ):
         try:
             for _ in range(300):
-                if server.poll() is not None:
-                    pytest.skip("moto_server does not start here")
+                assert server.poll() is None, log.read_text()
                 try:
-                    httpx.get(address)
+                    httpx.get(f"http://127.0.0.1:{port}")
                     break
                 except httpx.TransportError:
                     time.sleep(0.1)
-            yield address
+            yield port
         finally:
             server.kill()
+
+
+@pytest.fixture(scope="session")
+def s3_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with s3_server(tmp_path_factory.mktemp("s3") / "log") as port:
+        yield f"http://127.0.0.1:{port}"
 
 
 @pytest.fixture
