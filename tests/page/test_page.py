@@ -221,7 +221,7 @@ def test_compressing_with_progress_to_a_report(visit: Open, service: Api) -> Non
     assert f"{report['ratio']:.2f}×" in cards
     assert f"{report['sqnr_db']:.1f} dB" in cards
     page.click(".tensors summary")
-    assert page.locator("#report-body tbody tr").count() == len(report["tensors"])
+    until(page, f"document.querySelectorAll('#report-body tbody tr').length === {len(report['tensors'])}")
     assert "made-here" in page.inner_text("#model-a")
 
     page.select_option("#report-model", "eight")
