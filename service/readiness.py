@@ -1,7 +1,7 @@
 """What of the service works right now, asked often and answered cheaply.
 
-Each part is asked in a thread of its own within ``PATIENCE``, and an answer is kept for ``KEPT``. A part that hangs, such
-as a network disk, is not asked a second time while the first question waits: it costs one thread and no more.
+Each part is asked in a thread of its own within ``PATIENCE``, and an answer is kept for ``KEPT``. A part that hangs,
+such as a network disk, is not asked a second time while the first question waits: it costs one thread and no more.
 """
 
 from __future__ import annotations

@@ -36,8 +36,8 @@ async def readyz(
     """Tell what works: the engine, Redis, the data folder, and how many workers are alive.
 
     200 as long as masks can be asked for, 503 otherwise. Without Redis, room or workers the status is `degraded`:
-    models are served, while a request to compress is refused, or waits for a worker. With `need=compress` 503 tells that
-    checkpoints are not taken in. An answer is up to a second old.
+    models are served, while a request to compress is refused, or waits for a worker. With `need=compress` 503 tells
+    that checkpoints are not taken in. An answer is up to a second old.
     """
     report = await state.readiness.report()
     return JSONResponse(report.as_dict(), 200 if getattr(report, need) else 503)
