@@ -11,7 +11,7 @@ PYTHON ?=
 # Passed on to pytest: `make test ARGS="-k birkhoff"`.
 ARGS ?=
 
-.PHONY: help install demo test fuzz audit check format types imports compose docker-lint constraints clean distclean
+.PHONY: help install demo test fuzz audit check format types imports compose docker-lint docker-walk constraints clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -71,6 +71,9 @@ compose:
 
 docker-lint: install ## Only the linter of the Dockerfile
 	$(VENV)/bin/hadolint docker/Dockerfile
+
+docker-walk: ## Build the image without an engine and run what is in it (root, buildah, debootstrap; 30 GB, minutes)
+	docker/walk.sh "$$(mktemp -d)"
 
 types: install ## Only the type check
 	$(PY) -m mypy
