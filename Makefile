@@ -11,10 +11,10 @@ PYTHON ?=
 # Passed on to pytest: `make test ARGS="-k birkhoff"`.
 ARGS ?=
 
-.PHONY: help install demo test fuzz audit check format types imports compose constraints clean distclean
+.PHONY: help install demo test fuzz audit check format types imports compose docker-lint docker-walk constraints clean distclean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 install: $(STAMP) ## Make .venv with the package, its command `hypersam` and the development tools
 	@:
@@ -52,19 +52,28 @@ fuzz: install ## Send 5,000 requests of every sort to a running service
 audit: install ## Compare the installed versions with known weaknesses (needs a network, and pipx or uvx)
 	@if command -v uvx >/dev/null; then run=uvx; else run="pipx run"; fi; $$run pip-audit --path "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
-check: install ## Lint, formatting, types, import rules, and the compose files where Docker Compose is there
+check: install ## Lint, formatting, types, import rules, the Dockerfile, and the compose files where Compose is there
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/hadolint docker/Dockerfile
 	@$(MAKE) --no-print-directory compose
 
+# The plug-in, else the program of its own that it is as well.
 compose:
-	@if docker compose version >/dev/null 2>&1; then \
-		docker compose -f docker-compose.yml config --quiet; \
-		docker compose -f docker-compose.yml -f docker/compose.cpu.yml config --quiet; \
-		echo "compose files: fine"; \
-	else echo "compose files: not checked, there is no 'docker compose' here"; fi
+	@if docker compose version >/dev/null 2>&1; then compose="docker compose"; \
+	elif docker-compose version >/dev/null 2>&1; then compose=docker-compose; \
+	else echo "compose files: not checked, there is no 'docker compose' here"; exit 0; fi; \
+	$$compose --profile metrics --profile objectstore -f docker-compose.yml config --quiet; \
+	$$compose --env-file .env.example -f docker-compose.yml -f docker/compose.cpu.yml config --quiet; \
+	echo "compose files: fine"
+
+docker-lint: install ## Only the linter of the Dockerfile
+	$(VENV)/bin/hadolint docker/Dockerfile
+
+docker-walk: ## Build the image without an engine and run what is in it (root, buildah, debootstrap; 30 GB, minutes)
+	docker/walk.sh "$$(mktemp -d)"
 
 types: install ## Only the type check
 	$(PY) -m mypy

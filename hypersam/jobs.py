@@ -136,7 +136,7 @@ class JobBoard:
         self.connection = connection
         self.store = store
         self.settings = settings
-        self.queue = Queue(COMPRESS_QUEUE, connection=connection, serializer=JSONSerializer)
+        self.queue = self.queue_of(connection)
 
     def submit(self, spec: JobSpec, take_upload: Callable[[], object]) -> JobView:
         """Queue ``spec`` unless it is queued, running or done already; return the job either way.
@@ -288,11 +288,25 @@ class JobBoard:
 
     def workers(self) -> int:
         """How many workers listen to the queue and have given a sign of life lately."""
-        oldest = datetime.now(UTC).timestamp() - (3 * self.settings.worker_heartbeat + 5)
+        return self.alive_workers(self.queue, self.settings)
+
+    @staticmethod
+    def queue_of(connection: Redis) -> Queue:
+        """Return the queue that workers listen to."""
+        return Queue(COMPRESS_QUEUE, connection=connection, serializer=JSONSerializer)
+
+    @staticmethod
+    def alive_workers(queue: Queue, settings: Settings, host: str | None = None) -> int:
+        """Count as ``workers`` does, without a store; of one host only if its name is given."""
+        oldest = datetime.now(UTC).timestamp() - (3 * settings.worker_heartbeat + 5)
         # Not by Worker.all(), which would raise the time-outs of this connection to minutes.
-        keys = worker_registration.get_keys(queue=self.queue)
-        beats: list[Any] = [self.connection.hget(key, "last_heartbeat") for key in keys]
-        return sum(utcparse(beat.decode()).timestamp() > oldest for beat in beats if beat is not None)
+        keys = worker_registration.get_keys(queue=queue)
+        rows: list[Any] = [queue.connection.hmget(key, "last_heartbeat", "hostname") for key in keys]
+        return sum(
+            utcparse(beat.decode()).timestamp() > oldest and host in (None, (name or b"").decode())
+            for beat, name in rows
+            if beat is not None
+        )
 
     def _fetch(self, job_id: str) -> Job | None:
         try:

@@ -11,6 +11,7 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
+from hypersam import doctor
 from hypersam.engine import Engine
 from hypersam.jobs import JobBoard, connect
 from hypersam.settings import Settings
@@ -20,6 +21,7 @@ from service.deps import State
 from service.guard import Guard, secured
 from service.metrics import MeasureRequests, Metrics
 from service.openapi import document_of
+from service.readiness import Readiness
 from service.request_ids import RequestIds
 from service.routes import compress, health, jobs, label_studio, models, osam, segment, variants
 from service.schemas import Problem
@@ -43,12 +45,15 @@ def create_app(settings: Settings) -> FastAPI:
         engine = Engine(settings)
         board = JobBoard(connection, store, settings)
         pictures = CapacityLimiter(PICTURES_AT_ONCE)
+        readiness = Readiness(settings, store, engine)
         try:
+            doctor.log_at_start(settings, "service")
             await to_thread.run_sync(board.sweep)
-            yield {"hypersam": State(settings, connection, store, board, engine, metrics, pictures)}
+            yield {"hypersam": State(settings, connection, store, board, engine, metrics, readiness, pictures)}
         finally:
             await to_thread.run_sync(engine.close)
             await to_thread.run_sync(connection.close)
+            readiness.close()
 
     app = FastAPI(
         title="hypersam",

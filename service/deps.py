@@ -14,6 +14,7 @@ from hypersam.jobs import JobBoard
 from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
 from service.metrics import Metrics
+from service.readiness import Readiness
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class State:
     jobs: JobBoard
     engine: Engine
     metrics: Metrics
+    readiness: Readiness
     pictures: CapacityLimiter  # for the threads that take a picture apart
 
 

@@ -82,9 +82,12 @@ class Problem(BaseModel):
 
 
 class Readiness(BaseModel):
-    """Whether requests can be served, and why not."""
+    """Which requests can be served, and why not."""
 
-    ready: bool
+    status: Literal["ok", "degraded", "not ready"]
+    ready: bool = Field(description="whether masks can be asked for")
+    can: dict[Literal["segment", "compress"], bool]
+    engine: Literal["ok", "closing", "dead"]
     redis: str
     store: str
     workers: int | None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import signal
 import sys
 
+from hypersam import doctor, logs
 from hypersam.embedded_redis import die_with_parent
 from hypersam.errors import HypersamError
 from hypersam.settings import Settings
@@ -17,14 +17,14 @@ def main() -> int:
     """Work until SIGTERM or SIGINT; a second one gives up the running job, which another worker retries."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the jobs: spinning threads slow the API down
     settings = Settings()
-    form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(level=settings.log_level.upper(), format=form)
+    logs.configure(settings)
     parent = os.environ.pop("HYPERSAM_PARENT", None)
     if parent is not None:
         # At once: a worker that waits for its job to end would outlive the service by as long.
         die_with_parent(signal.SIGKILL)
         if os.getppid() != int(parent):  # it died before the request above was in force
             return 1
+    doctor.log_at_start(settings, "worker")
     try:
         run(settings)
     except HypersamError as error:

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from hypersam import __version__
 from hypersam.cli import bench
 from hypersam.codecs import DEFAULT_CODEC
 from hypersam.errors import HypersamError
+
+if TYPE_CHECKING:
+    from hypersam.settings import Settings
 
 app = typer.Typer(
     name="hypersam",
@@ -194,19 +197,37 @@ def serve_command(
     log_level: Annotated[str | None, typer.Option(help="critical, error, warning, info or debug.")] = None,
 ) -> None:
     """Serve everything from one command: Redis, the API and the workers. Ctrl-C stops all of them."""
+    from hypersam.cli.serve import serve
+
+    settings = _settings(data_dir=data_dir, host=host, port=port, workers=workers, redis_url=redis_url, device=device,
+                         log_level=log_level)  # fmt: skip
+    raise typer.Exit(serve(settings))
+
+
+def _settings(**given: Any) -> Settings:
+    """Make the settings from the options that were given and from the environment."""
     from pydantic import ValidationError
 
-    from hypersam.cli.serve import serve
     from hypersam.settings import Settings
 
-    given = {"data_dir": data_dir, "host": host, "port": port, "workers": workers, "redis_url": redis_url,
-             "device": device, "log_level": log_level}  # fmt: skip
     try:
-        settings = Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        return Settings(**{name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
         first = error.errors()[0]
         raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    raise typer.Exit(serve(settings))
+
+
+@app.command("doctor")
+def doctor_command(
+    data_dir: Annotated[Path | None, typer.Option(help="Uploads, artifacts and Redis's file.")] = None,
+    redis_url: Annotated[str | None, typer.Option(help="The Redis of the service.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Check what the service needs, and say what to do about what is missing. Exit code 1: something is broken."""
+    from hypersam.cli.doctor import run_doctor
+
+    run_doctor(_settings(data_dir=data_dir, redis_url=redis_url, device=device), as_json)
 
 
 @keys_app.command("new")

@@ -86,6 +86,10 @@ class DeviceThread:
         with self._wake:
             return {"encode": len(self._encodes), "decode": len(self._decodes)}
 
+    def alive(self) -> bool:
+        """Whether the thread still takes what is asked."""
+        return self._thread.is_alive()
+
     def close(self) -> None:
         """Finish the round that runs; what waits fails with Unavailable."""
         with self._wake:

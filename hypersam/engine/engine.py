@@ -187,6 +187,10 @@ class Engine:
             "memory_shortages": self._device.shortages,
         }
 
+    def state(self) -> str:
+        """``ok``, ``closing`` where it takes no more requests, or ``dead`` where its device's thread has ended."""
+        return "closing" if self._closing else "ok" if self._device.alive() else "dead"
+
     def close(self) -> None:
         """Refuse what comes, finish what runs on the device, let the models go."""
         self._closing = True

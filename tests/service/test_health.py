@@ -1,19 +1,45 @@
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import redis as redis_package
 
 from hypersam.embedded_redis import EmbeddedRedis
 from hypersam.settings import Settings
+from service.readiness import KEPT, PATIENCE
 from tests.service.running import Api, WorkerProcess, assert_problem, picture
+
+
+def readiness(service: Api) -> dict[str, Any]:
+    """The report of now, not the one that is kept."""
+    time.sleep(KEPT + 0.05)
+    found: dict[str, Any] = service.http.get("/readyz").json()
+    return found
+
+
+def worker_is_alive(settings: Settings) -> bool:
+    """By the health check of the worker's container."""
+    environment = {**os.environ, **settings.environment()}
+    done = subprocess.run([sys.executable, "-m", "workers.alive"], env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, 1), done.stderr
+    assert "alive on this host" in done.stdout, done.stderr
+    return done.returncode == 0
 
 
 def test_ready_and_metrics(api: Api, model: str) -> None:
     ready = api.http.get("/readyz")
     assert ready.status_code == 200
-    assert ready.json() == {"redis": "ok", "store": "ok", "workers": 1, "jobs_waiting": 0, "ready": True}
+    assert ready.json() == {
+        "status": "ok", "ready": True, "can": {"segment": True, "compress": True}, "engine": "ok", "redis": "ok",
+        "store": "ok", "workers": 1, "jobs_waiting": 0,
+    }  # fmt: skip
+    assert api.http.get("/readyz?need=compress").status_code == 200
     api.http.post("/segment", files={"image": picture()}, data={"model": model, "points": "[[1, 1]]"})
     text = api.http.get("/metrics").text
     assert 'hypersam_request_seconds_count{method="POST",route="/segment",status="200"}' in text
@@ -57,19 +83,38 @@ def test_the_distributed_form_tells_the_truth(tmp_path: Path) -> None:
     )
     service = Api(settings)
     try:
-        assert service.http.get("/readyz").json()["workers"] == 0
+        before = readiness(service)
+        assert (before["status"], before["workers"]) == ("degraded", 0)
+        assert before["can"] == {"segment": True, "compress": True}  # the job would wait for a worker
         worker = WorkerProcess(settings)
-        assert service.http.get("/readyz").json()["workers"] == 1
+        assert readiness(service)["workers"] == 1
+        assert worker_is_alive(settings)
         worker.stop()
-        assert service.http.get("/readyz").json()["workers"] == 0
+        assert not worker_is_alive(settings)
+        assert readiness(service)["workers"] == 0
         shutil.rmtree(settings.data_dir / "work")
-        broken = service.http.get("/readyz")
-        assert broken.status_code == 503
-        assert broken.json()["store"] == "cannot be written"
+        broken = readiness(service)
+        assert broken["store"] == "cannot be written"
+        assert broken["can"] == {"segment": True, "compress": False}
+        assert service.http.get("/readyz").status_code == 200
+        assert service.http.get("/readyz?need=compress").status_code == 503
+        (settings.data_dir / "work").mkdir()
+        assert readiness(service)["store"] == "ok"
+        with redis_package.Redis.from_url(redis.url) as client:
+            client.config_set("maxmemory", 1)
+            assert readiness(service)["redis"] == "takes no writes"
+            client.config_set("maxmemory", 0)
         redis.stop()
-        down = service.http.get("/readyz")
-        assert down.status_code == 503
-        assert down.json()["redis"] == "does not answer"
+        began = time.monotonic()
+        down = readiness(service)
+        assert down["redis"] == "does not answer"
+        assert down["workers"] is None
+        assert down["can"] == {"segment": True, "compress": False}
+        assert time.monotonic() - began < 2 * PATIENCE
+        shutil.rmtree(settings.data_dir / "models")
+        assert readiness(service)["status"] == "not ready"
+        assert service.http.get("/readyz").status_code == 503
+        (settings.data_dir / "models").mkdir()
         assert_problem(service.http.get("/jobs"), 503, "unavailable")
         assert service.http.get("/healthz").status_code == 200
         assert service.http.get("/models").status_code == 200

@@ -1,0 +1,144 @@
+"""The compose files, the Kubernetes manifest and the units agree with the image and with the settings."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from hypersam.settings import PREFIX, Settings
+
+ROOT = Path(__file__).parents[2]
+COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
+OURS = ("api", "worker")
+MANIFEST: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "docker/kubernetes/hypersam.yaml").read_text()))
+# The object store's settings; AWS_… are read by its client.
+STORE = {f"HYPERSAM_STORE_{name}" for name in ("URL", "ENDPOINT", "REGION", "ALLOW_HTTP")}
+
+
+def known(names: set[str]) -> set[str]:
+    """Those that no setting has."""
+    fields = {PREFIX + name.upper() for name in Settings.model_fields}
+    return {name for name in names if name.startswith(PREFIX)} - fields - STORE
+
+
+def dockerfile(word: str) -> list[str]:
+    """The arguments of every instruction of that name, continued lines joined."""
+    text = re.sub(r"\\\n\s*", "", (ROOT / "docker/Dockerfile").read_text())
+    return [line.split(None, 1)[1] for line in text.splitlines() if line.startswith(word + " ")]
+
+
+def test_what_compose_sets_are_settings() -> None:
+    for name in OURS:
+        environment = COMPOSE["services"][name]["environment"]
+        assert not known(set(environment))
+        given = {key[len(PREFIX) :].lower(): re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", str(value))
+                 for key, value in environment.items() if key.startswith(PREFIX) and key not in STORE}  # fmt: skip
+        given["api_keys"] = tuple(yaml.safe_load(given["api_keys"]))
+        defaults = Settings()
+        made = Settings(**given)
+        for key in ("device", "dtype", "log_level", "max_upload_bytes", "resident_bytes", "api_keys"):
+            assert getattr(made, key) == getattr(defaults, key), key
+
+
+def test_every_variable_of_the_compose_file_is_in_the_example_and_with_the_same_default() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", text))
+    lines = re.findall(r"^#?([A-Z_0-9]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
+    assert {key: value for key, value in lines if not key.startswith("AWS_") and key not in STORE} == {
+        key: value for key, value in used.items() if not key.startswith("AWS_")
+    }
+    assert {key for key, _ in lines} >= STORE
+
+
+def test_our_containers_are_confined_and_share_what_they_must() -> None:
+    for name in OURS:
+        service = COMPOSE["services"][name]
+        assert service["read_only"]
+        assert service["cap_drop"] == ["ALL"]
+        assert service["restart"] == "unless-stopped"
+        assert service["deploy"]["resources"]["limits"]["memory"]
+        assert service["deploy"]["resources"]["reservations"]["devices"][0]["capabilities"] == ["gpu"]
+        targets = {volume.split(":")[1] for volume in service["volumes"]}
+        assert targets == {"/data", "/home/hypersam/.cache"}
+    variables = dict(pair.split("=", 1) for line in dockerfile("ENV") for pair in line.split())
+    for cache in ("TRITON_CACHE_DIR", "NUMBA_CACHE_DIR"):
+        assert variables[cache].startswith("/home/hypersam/.cache/")
+    assert dockerfile("USER") == ["10001:10001"]
+    assert {"--appendonly", "noeviction"} <= set(COMPOSE["services"]["redis"]["command"])
+    assert all(volume.split(":")[0] in COMPOSE["volumes"] or volume.startswith("./")
+               for service in COMPOSE["services"].values() for volume in service["volumes"])  # fmt: skip
+
+
+def test_what_is_copied_is_in_the_build_context() -> None:
+    allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    copied = {source for line in dockerfile("COPY") for source in line.split()[:-1]}
+    assert copied == allowed
+    assert all((ROOT / name).exists() for name in copied)
+
+
+def test_the_dockerfile_passes_its_linter() -> None:
+    linter = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([linter, "docker/Dockerfile"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def pods() -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
+    for document in MANIFEST:
+        if document["kind"] in ("Deployment", "StatefulSet"):
+            template = document["spec"]["template"]
+            assert document["spec"]["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+            yield document["metadata"]["name"], document, template
+
+
+def test_the_manifest_is_whole() -> None:
+    by_kind = {(document["kind"], document["metadata"]["name"]) for document in MANIFEST}
+    assert len(by_kind) == len(MANIFEST)
+    [settings] = [document["data"] for document in MANIFEST if document["kind"] == "ConfigMap"]
+    assert not known(set(settings))
+    assert all(isinstance(value, str) for value in settings.values())
+    labels = [template["metadata"]["labels"] for _, _, template in pods()]
+    for document in MANIFEST:
+        if document["kind"] == "Service":
+            wanted = document["spec"]["selector"].items()
+            assert any(wanted <= found.items() for found in labels), document["metadata"]["name"]
+    host = re.fullmatch(r"redis://([a-z-]+):6379/0", settings["HYPERSAM_REDIS_URL"])
+    assert host is not None
+    assert ("Service", host[1]) in by_kind
+
+
+def test_the_manifest_s_pods() -> None:
+    for name, document, template in pods():
+        spec = template["spec"]
+        assert spec["securityContext"]["runAsNonRoot"]
+        volumes = {volume["name"] for volume in spec.get("volumes", [])}
+        volumes |= {claim["metadata"]["name"] for claim in document["spec"].get("volumeClaimTemplates", [])}
+        [container] = spec["containers"]
+        assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+        assert container["resources"]["limits"]["memory"]
+        ports = {port["name"] for port in container.get("ports", [])}
+        for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
+            if "httpGet" in container.get(probe, {}):
+                assert container[probe]["httpGet"]["port"] in ports
+        if name != "hypersam-redis":
+            same = COMPOSE["services"][name.removeprefix("hypersam-")]
+            assert container["args"] == same["command"]
+            assert spec["securityContext"]["runAsUser"] == 10001
+            assert container["securityContext"]["readOnlyRootFilesystem"]
+            mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+            assert mounted == {"/data", "/home/hypersam/.cache", "/tmp"}
+
+
+@pytest.mark.parametrize("unit", ["hypersam-api.service", "hypersam-worker@.service"])
+def test_units_set_what_exists(unit: str) -> None:
+    text = (ROOT / "docker/systemd" / unit).read_text()
+    assert not known(set(re.findall(r"\b(HYPERSAM_[A-Z_]+)=", text)))
+    for line in (line for line in text.splitlines() if line and not line.startswith(("#", "["))):
+        assert "=" in line
+    assert "KillMode=mixed" in text

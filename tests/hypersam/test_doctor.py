@@ -1,0 +1,187 @@
+"""The doctor, on parts that work and on parts that are really broken."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hypersam import doctor
+from hypersam.doctor import Finding, Health
+from hypersam.embedded_redis import EmbeddedRedis
+from hypersam.logs import JsonFormatter
+from hypersam.settings import Settings
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[EmbeddedRedis]:
+    with EmbeddedRedis(tmp_path / "redis") as server:
+        yield server
+
+
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system in memory at ``folder``; the test is left out where none can be mounted."""
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", str(folder)], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"mounting needs privileges: {made.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def healths(findings: list[Finding]) -> dict[str, Health]:
+    return {finding.part: finding.health for finding in findings}
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("HYPERSAM_")}
+    return subprocess.run([sys.executable, "-m", "hypersam.cli", "doctor", *arguments], capture_output=True, text=True,
+                          env={**inherited, **environment}, timeout=120)  # fmt: skip
+
+
+def test_all_is_well(tmp_path: Path, redis: EmbeddedRedis) -> None:
+    small = {"HYPERSAM_MAX_UPLOAD_BYTES": "9", "HYPERSAM_RESIDENT_BYTES": "9", "HYPERSAM_EMBEDDING_CACHE_BYTES": "0"}
+    done = run("--json", "--data-dir", str(tmp_path / "data"), "--redis-url", redis.url, "--device", "cpu", **small)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    parts = {row["part"]: row for row in found["findings"]}
+    assert set(parts) == {"versions", "redis", "workers", "store", "disk", "memory", "device", "kernel", "compiler",
+                          "kernel cache"}  # fmt: skip
+    assert [name for name, row in parts.items() if row["health"] != "fine"] == ["workers"]  # none runs here
+    assert found["health"] == "warning"
+    assert all((row["todo"] is None) == (row["health"] == "fine") for row in parts.values())
+    assert parts["redis"]["facts"]["append_only"] is True
+    assert parts["kernel"]["facts"]["run"] is False
+    assert "not run" in parts["kernel"]["says"]
+    assert not (tmp_path / "data").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["redis"]
+
+
+def test_what_is_broken_is_told_in_words_with_the_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the data folder's place")
+    done = run("--data-dir", str(tmp_path / "file"), "--redis-url", "redis://127.0.0.1:1/0", "--device", "cuda:31",
+               PATH="", CC="")  # fmt: skip
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    lines = done.stdout.splitlines()
+    for part in ("redis", "store", "device"):
+        at = next(i for i, line in enumerate(lines) if line.split()[:2] == ["broken", part])
+        assert lines[at + 1].strip().startswith("→ ")
+    assert any("no C compiler is found" in line for line in lines)
+
+
+def test_redis_that_is_stopped_full_or_forgetful(redis: EmbeddedRedis) -> None:
+    import redis as client
+
+    settings = Settings(redis_url=redis.url)
+    assert healths(doctor.check_redis(settings)) == {"redis": Health.FINE, "workers": Health.WARNING}
+    with client.Redis.from_url(redis.url) as connection:
+        connection.config_set("appendonly", "no")
+        [first, _] = doctor.check_redis(settings)
+        assert first.health is Health.WARNING
+        assert "append-only" in first.says
+        connection.config_set("appendonly", "yes")
+        connection.config_set("maxmemory-policy", "allkeys-lru")
+        connection.config_set("maxmemory", 1 << 30)
+        assert "noeviction" in (doctor.check_redis(settings)[0].todo or "")
+        connection.config_set("maxmemory-policy", "noeviction")
+        connection.config_set("maxmemory", 1)
+        [full] = doctor.check_redis(settings)
+        assert full.health is Health.BROKEN
+        assert "memory" in full.says
+    redis.stop()
+    [stopped] = doctor.check_redis(settings)
+    assert stopped.health is Health.BROKEN
+
+
+def test_a_redis_url_that_is_none() -> None:
+    [found] = doctor.check_redis(Settings(redis_url="http://somewhere"))
+    assert found.health is Health.BROKEN
+    assert "redis://" in (found.todo or "")
+
+
+def test_no_redis_named_and_one_of_ours_running(tmp_path: Path) -> None:
+    settings = Settings(data_dir=tmp_path)
+    [idle] = doctor.check_redis(settings)
+    assert "hypersam serve" in idle.says
+    with EmbeddedRedis(tmp_path):
+        assert healths(doctor.check_redis(settings)) == {"redis": Health.FINE, "workers": Health.WARNING}
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    with mounted(tmp_path / "small", "size=256k") as folder:
+        settings = Settings(data_dir=folder)
+        assert doctor.check_store(settings).health is Health.FINE
+        (folder / "rest").write_bytes(bytes(224 << 10))
+        found = doctor.check_store(settings)
+        assert found.health is Health.BROKEN
+        assert "No space left" in found.says
+        assert doctor.check_disk(settings).health is Health.BROKEN
+        assert [path.name for path in folder.iterdir()] == ["rest"]
+
+
+def test_a_disk_that_is_read_only(tmp_path: Path) -> None:
+    with mounted(tmp_path / "fixed", "ro") as folder:
+        found = doctor.check_store(Settings(data_dir=folder / "data"))
+        assert found.health is Health.BROKEN
+        assert "Read-only" in found.says
+
+
+def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
+    (tmp_path / "data").write_text("")
+    assert doctor.check_store(Settings(data_dir=tmp_path / "data")).health is Health.BROKEN
+    assert doctor.check_store(Settings(data_dir=tmp_path / "data" / "below")).health is Health.BROKEN
+
+
+def test_room_for_two_uploads(tmp_path: Path) -> None:
+    with mounted(tmp_path / "disk", "size=128m") as folder:
+        assert doctor.check_disk(Settings(data_dir=folder, max_upload_bytes=1 << 20)).health is Health.FINE
+        assert doctor.check_disk(Settings(data_dir=folder, max_upload_bytes=1 << 30)).health is Health.WARNING
+
+
+def test_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.check_compiler(needed=True).health is Health.FINE
+    monkeypatch.setenv("CC", "false")
+    assert "cannot compile" in doctor.check_compiler(needed=True).says
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert doctor.check_compiler(needed=True).health is Health.BROKEN
+    assert doctor.check_compiler(needed=False).health is Health.WARNING
+
+
+def test_headers_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("C_INCLUDE_PATH", "")
+    found = doctor.check_compiler(needed=True)
+    assert found.health is Health.BROKEN
+    assert "Python.h" in found.says
+
+
+def test_memory_is_compared_with_what_models_may_take() -> None:
+    assert doctor.check_memory(Settings(resident_bytes=1, embedding_cache_bytes=0)).health is Health.FINE
+    assert doctor.check_memory(Settings(resident_bytes=1 << 60)).health is Health.WARNING
+
+
+def test_a_device_that_hangs() -> None:
+    [found] = doctor.check_device(Settings(device="cpu"), timeout=0.01)
+    assert found.health is Health.BROKEN
+    assert "did not answer" in found.says
+
+
+def test_the_log_of_the_start(tmp_path: Path, redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hypersam.doctor")
+    doctor.log_at_start(Settings(data_dir=tmp_path, redis_url=redis.url, device="cpu"), "worker").join(60)
+    lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
+    assert {line["part"] for line in lines} >= {"redis", "workers", "store", "disk", "memory", "compiler"}
+    [workers] = [line for line in lines if line["part"] == "workers"]
+    assert (workers["level"], workers["health"], workers["facts"]["alive"]) == ("warning", "warning", 0)
