@@ -10,7 +10,7 @@ mkdir -p "$folder/base"
 build=(buildah --root "$folder/storage" --runroot "$folder/run" --storage-driver vfs)
 export BUILDAH_ISOLATION=chroot
 
-debootstrap --variant=minbase --include=python3,python3-venv,python3-dev,ca-certificates bookworm "$folder/tree" >"$folder/debootstrap.log"
+[ -e "$folder/tree/bin/sh" ] || debootstrap --variant=minbase --include=python3,python3-venv,python3-dev,ca-certificates bookworm "$folder/tree" >"$folder/debootstrap.log"
 cp -r /etc/apt/sources.list* "$folder/tree/etc/apt/" 2>/dev/null || true
 cp /etc/ssl/certs/ca-certificates.crt "$folder/tree/etc/ssl/certs/ca-certificates.crt"
 [ -z "${PIP_CONFIG_FILE:-}" ] || cp "$PIP_CONFIG_FILE" "$folder/tree/etc/pip.conf"

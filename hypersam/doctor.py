@@ -87,16 +87,15 @@ def broken(part: str, says: str, todo: str, **facts: Any) -> Finding:
 def examine(settings: Settings, *, device: bool = True) -> list[Finding]:
     """Run every check and return what they found, in a fixed order. Takes seconds; nothing is left behind.
 
-    ``device=False`` leaves out what needs torch: the device and the compilation of a kernel.
+    ``device=False`` leaves out what starts processes: the device, the compilation of a kernel, the C compiler.
     """
     found = [check_versions(), *check_redis(settings), check_store(settings), check_disk(settings),
-             check_memory(settings)]  # fmt: skip
-    gpu = False
+             check_memory(settings), check_kernel_cache()]  # fmt: skip
     if device:
         probed = check_device(settings)
         gpu = any(finding.facts.get("type") == "cuda" for finding in probed)
-        found += probed
-    return [*found, check_compiler(needed=gpu), check_kernel_cache()]
+        found += [*probed, check_compiler(needed=gpu)]
+    return found
 
 
 def worst(findings: list[Finding]) -> Health:
@@ -108,13 +107,16 @@ def worst(findings: list[Finding]) -> Health:
 def log_at_start(settings: Settings, who: str) -> threading.Thread:
     """Examine everything in the background and log each finding: the self-check of a process that starts.
 
-    The device is probed only where there is an NVIDIA driver to go wrong, so that starting costs a host without one
-    nothing. The findings travel as ``extra`` fields (part, health, todo, facts) for logs in JSON.
+    The device and the compiler are tried only where there is an NVIDIA driver, so that starting costs a host without
+    one nothing, and workers are not counted, since they start at the same time. The findings travel as ``extra`` fields
+    (part, health, todo, facts) for logs in JSON.
     """
 
     def check() -> None:
         levels = {Health.FINE: logging.INFO, Health.WARNING: logging.WARNING, Health.BROKEN: logging.ERROR}
         for finding in examine(settings, device=settings.device != "cpu" and driver_version() is not None):
+            if finding.part == "workers":
+                continue
             says = finding.says if finding.todo is None else f"{finding.says}; {finding.todo}"
             log.log(levels[finding.health], "self-check of the %s: %s: %s", who, finding.part, says,
                     extra={"part": finding.part, "health": str(finding.health), "todo": finding.todo,

@@ -180,8 +180,11 @@ def test_a_device_that_hangs() -> None:
 
 def test_the_log_of_the_start(tmp_path: Path, redis: EmbeddedRedis, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "hypersam.doctor")
-    doctor.log_at_start(Settings(data_dir=tmp_path, redis_url=redis.url, device="cpu"), "worker").join(60)
-    lines = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
-    assert {line["part"] for line in lines} >= {"redis", "workers", "store", "disk", "memory", "compiler"}
-    [workers] = [line for line in lines if line["part"] == "workers"]
-    assert (workers["level"], workers["health"], workers["facts"]["alive"]) == ("warning", "warning", 0)
+    settings = Settings(data_dir=tmp_path, redis_url=redis.url, device="cpu", max_upload_bytes=1 << 60)
+    doctor.log_at_start(settings, "worker").join(60)
+    lines = {line["part"]: line for line in (json.loads(JsonFormatter().format(row)) for row in caplog.records)}
+    assert set(lines) == {"versions", "redis", "store", "disk", "memory", "kernel cache"}
+    disk = lines["disk"]
+    assert (disk["level"], disk["health"]) == ("warning", "warning")
+    assert disk["todo"] in disk["message"]
+    assert disk["facts"]["free_bytes"] < 2 << 60
