@@ -254,6 +254,21 @@ def check_store(settings: Settings) -> Finding:
                 seconds=round(took, 4))  # fmt: skip
 
 
+def check_objects(settings: Settings) -> list[Finding]:
+    """Ask the object store, where there is one, for an object."""
+    if not settings.store_url:
+        return []
+    from hypersam.store.objects import reach
+
+    try:
+        reach(settings)
+    except HypersamError as error:
+        why = f": {error.__cause__}" if error.__cause__ else ""
+        todo = "see whether HYPERSAM_STORE_ENDPOINT is reached from here, the bucket exists and AWS_… opens it"
+        return [broken("object store", f"{settings.store_url}: {error}{why}"[:500], todo)]
+    return [fine("object store", f"{settings.store_url} answers")]
+
+
 def check_disk(settings: Settings) -> Finding:
     """Tell how much room the data folder's disk has."""
     folder = _nearest(settings.data_dir.absolute())

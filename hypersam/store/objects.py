@@ -54,6 +54,12 @@ def connect(settings: Settings) -> S3Store:
     )
 
 
+def reach(settings: Settings) -> None:
+    """Ask the object store for one thing that need not be there. Raises StoreUnavailable; leaves nothing behind."""
+    with contextlib.suppress(*ABSENT), _reached("ask for an object"):
+        obstore.head(connect(settings), "models/.check")
+
+
 @contextlib.contextmanager
 def _reached(what: str) -> Iterator[None]:
     """Turn what the client raises, but for the answers that are asked for, into ``StoreUnavailable``."""

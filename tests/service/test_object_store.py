@@ -17,6 +17,7 @@ import httpx
 import obstore
 import pytest
 
+from hypersam.doctor import Health, check_objects
 from hypersam.errors import NameTaken, StoreUnavailable, UnknownModel, UnknownUpload
 from hypersam.settings import Settings
 from hypersam.store import ArtifactStore, ModelRecord, open_store
@@ -238,3 +239,15 @@ def test_a_store_that_cannot_be_reached(bucket: Settings) -> None:
     with pytest.raises(StoreUnavailable):
         store.find("m")
     store.sweep(0, set())  # is left for next time
+
+
+def test_doctor_asks_the_object_store(bucket: Settings) -> None:
+    (finding,) = check_objects(bucket)
+    assert finding.health is Health.FINE
+    away = bucket.model_copy(update={"store_endpoint": f"http://127.0.0.1:{free_port()}"})
+    (finding,) = check_objects(away)
+    assert finding.health is Health.BROKEN
+    assert finding.todo is not None
+    assert "HYPERSAM_STORE_ENDPOINT" in finding.todo
+    assert check_objects(bucket.model_copy(update={"store_url": ""})) == []
+    assert not bucket.data_dir.exists()
