@@ -159,7 +159,9 @@ def _joined(encoder: Checkpoint, decoder: Checkpoint) -> Checkpoint:
         )
     if any(key.startswith(starts) for key in encoder.tensors):
         raise CheckpointError(f"{encoder.path.name} has a decoder of its own; send it without another")
-    whole = {key if key.startswith(_ENCODER) else _ENCODER + key: value for key, value in encoder.tensors.items()}
+    # Where some keys have the prefix and some do not, they stay as they are, for the layout's check to name them.
+    prefixed = any(key.startswith(_ENCODER) for key in encoder.tensors)
+    whole = {key if prefixed else _ENCODER + key: value for key, value in encoder.tensors.items()}
     return replace(encoder, tensors=whole | dict(decoder.tensors))
 
 
@@ -173,6 +175,8 @@ def _unwrap(content: Any, name: str) -> tuple[str, dict[str, Any]]:
                 break
         if content and all(key in _DECODER_PARTS and isinstance(part, Mapping) for key, part in content.items()):
             wrapper = "parts"
+            if len({_DECODER_PARTS[key] for key in content}) < len(content):
+                raise CheckpointError(f"{name} has a part twice: {', '.join(map(_shown, content))}")
             content = {
                 _DECODER_PARTS[key] + name if isinstance(name, str) else name: value
                 for key, part in content.items() for name, value in part.items()

@@ -131,9 +131,11 @@ def compress(
     began = time.perf_counter()
     source, target = Path(source), Path(target)
     checked = check_options(codec, options)
-    if source.exists() and target.exists() and target.samefile(source):
-        raise InvalidOption(f"the artifact would replace its source {source.name}; give it another name")
-    job = _open(Source(source, decoder, file_name), checked, codec, variant, device, progress)
+    given = Source(source, decoder, file_name)
+    for file in given.paths:
+        if file.exists() and target.exists() and target.samefile(file):
+            raise InvalidOption(f"the artifact would replace its source {file.name}; give it another name")
+    job = _open(given, checked, codec, variant, device, progress)
     moves = _sensitivities(job)
     budget, reserve = job.goal.budget(fp32_bytes(job.tensors.values())), 0
     for _ in range(_ROUNDS):

@@ -9,7 +9,7 @@ import torch
 
 import hypersam
 from hypersam.checkpoint import read_checkpoint
-from hypersam.errors import CheckpointError, UnknownFamily
+from hypersam.errors import CheckpointError, InvalidOption, UnknownFamily
 from hypersam.sam.detect import detect
 from tests.models import official_sam
 
@@ -67,3 +67,26 @@ def test_a_name_that_the_path_does_not_tell_decides_between_equals(tmp_path: Pat
     torch.save(official_sam(seed=3).state_dict(), tmp_path / "0123abcd")
     plain = hypersam.plan(tmp_path / "0123abcd", file_name="anything.pth", options={"policy": "equal_error"})
     assert plain.variant == "sam_vit"
+
+
+def test_no_tensor_is_lost_where_keys_are_spelt_in_two_ways(tmp_path: Path) -> None:
+    encoder, decoder = halves(tmp_path)
+    state = torch.load(encoder)
+    torch.save(state | {"image_encoder.pos_embed": state["pos_embed"] + 1}, encoder)
+    read = read_checkpoint(encoder, decoder)
+    assert sum(not key.startswith(("prompt_encoder.", "mask_decoder.")) for key in read.tensors) == len(state) + 1
+    with pytest.raises(CheckpointError):
+        detect(read.tensors)
+    parts = torch.load(decoder)
+    torch.save(parts | {"PromptEncoder": parts["PromtEncoder"]}, decoder)
+    with pytest.raises(CheckpointError, match="a part twice"):
+        read_checkpoint(decoder)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_neither_file_is_replaced_by_the_artifact(tmp_path: Path, which: int) -> None:
+    files = halves(tmp_path)
+    before = files[which].read_bytes()
+    with pytest.raises(InvalidOption, match=f"would replace its source {files[which].name}"):
+        hypersam.compress(files[0], files[which], decoder=files[1], options={"policy": "equal_error"})
+    assert files[which].read_bytes() == before
