@@ -239,7 +239,7 @@ def _open(
     detected = detect(checkpoint.tensors, variant=variant, name=given.name)
     size = source.stat().st_size
     sha256 = sha256_of(source, lambda n: tell(Progress("reading", n, size)))
-    detected = detected.told(sha256=sha256, name=given.name)
+    detected = detected.told(sha256=sha256, name=given.name, two_files=given.decoder is not None)
     goal, roles = goal_of(codec, options), roles_of(detected)
     pages = MappedFile(given.paths, checkpoint.tensors.values())
 

@@ -18,8 +18,9 @@ from hypersam.sam.registry import VARIANTS, known_variants
 
 _SHOWN = 8
 
-DecidedBy = Literal["shapes", "caller", "sha256", "name", "order"]
-"""What told the variant from its candidates; ``order``: nothing did, and the first was taken."""
+DecidedBy = Literal["shapes", "caller", "files", "sha256", "name", "order"]
+"""What told the variant from its candidates; ``files``: that it came as two; ``order``: nothing did, and the first was
+taken."""
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,14 @@ class Detected:
         """What its family is made of."""
         return family_of(self.family)
 
-    def told(self, *, sha256: str | None = None, name: str | None = None) -> Detected:
-        """The same, decided by the hash of the file or else by its name where the shapes and the caller did not."""
+    def told(self, *, sha256: str | None = None, name: str | None = None, two_files: bool = False) -> Detected:
+        """The same where the shapes and the caller did not decide: by its coming as two files, by the hash of the file,
+        or else by its name."""
         if self.decided_by in ("shapes", "caller"):
             return self
         rows = [v for v in VARIANTS if v.id in self.candidates]
+        if two_files and (published := [row for row in rows if row.two_files]):
+            return replace(self, variant=published[0].id, decided_by="files")
         for row in rows:
             if sha256 is not None and row.sha256 == sha256:
                 return replace(self, variant=row.id, decided_by="sha256")
@@ -60,10 +64,10 @@ def detect(tensors: Mapping[str, Tensor], *, variant: str | None = None, name: s
     """
     if variant is not None and variant not in known_variants():
         raise VariantMismatch(f"unknown variant {variant!r}; known are {', '.join(known_variants())}")
+    if half := _half(tensors):
+        raise UnknownFamily(half)
     family = next((f for f in FAMILIES if f.recognises(tensors)), None)
     if family is None:
-        if half := _half(tensors):
-            raise UnknownFamily(half)
         keys = ", ".join(sorted(tensors)[:3])
         raise UnknownFamily(f"no known Segment Anything model: its keys begin with {keys} …; {_known()}")
     config = family.read(tensors)
@@ -86,7 +90,9 @@ def _half(tensors: Mapping[str, Tensor]) -> str | None:
     """What to say of one of the two files of a model that is published as two."""
     if tensors and all(key.startswith(("prompt_encoder.", "mask_decoder.")) for key in tensors):
         return "this is a decoder alone; give the image encoder as the checkpoint, and this as its decoder"
-    if "patch_embed.proj.weight" in tensors or all(key.startswith("image_encoder.") for key in tensors):
+    prefixed = all(key.startswith("image_encoder.") for key in tensors)
+    encoder = tensors if prefixed else {f"image_encoder.{key}": value for key, value in tensors.items()}
+    if any(family.recognises(encoder) for family in FAMILIES):
         return "this is an image encoder alone; give the file of its prompt encoder and mask decoder as its decoder too"
     return None
 

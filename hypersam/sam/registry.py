@@ -30,10 +30,10 @@ class Variant:
     """A published model.
 
     ``file``: its official name; ``names``: parts of a file's name, in lower case without punctuation, that tell it
-    from variants of the same shapes; ``marks``: values of the configuration by which its checkpoint is told from its
-    family's others. ``always_multimask``: it has three masks for every prompt, whatever is asked. ``parameters``:
-    values in the official file's tensors. ``url``: its official address, None where it is not known for certain or the
-    file comes in an archive.
+    from variants of the same shapes; ``two_files``: it is published as an encoder and a decoder; ``marks``: values of
+    the configuration by which its checkpoint is told from its family's others. ``always_multimask``: it has three masks
+    for every prompt, whatever is asked. ``parameters``: values in the official file's tensors. ``url``: its official
+    address, None where it is not known for certain or the file comes in an archive.
     """
 
     id: str
@@ -43,6 +43,7 @@ class Variant:
     marks: tuple[tuple[str, int | tuple[int, ...]], ...]
     sha256: str | None = None
     names: tuple[str, ...] = ()
+    two_files: bool = False
     always_multimask: bool = False
     parameters: int | None = None
     url: str | None = None
@@ -100,7 +101,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant(
         "mobile_sam_v2", "sam_vit", "MobileSAMv2 (ViT-H)", "mobile_sam_v2_vit_h.pth",
         (("image_size", 1024), ("embed_dim", 1280), ("depth", 32), ("heads", 16)),
-        names=("mobilesamv2", "promptguided"),
+        names=("mobilesamv2", "promptguided"), two_files=True,
         parameters=641_090_864,
     ),
     Variant(

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import hypersam
+from benchmarks import random_sam
+from benchmarks.random_sam import layout
 from hypersam.checkpoint import read_checkpoint
 from hypersam.errors import CheckpointError, InvalidOption, UnknownFamily
 from hypersam.sam.detect import detect
@@ -62,11 +64,26 @@ def test_half_a_model_is_told_what_it_lacks(tmp_path: Path) -> None:
         read_checkpoint(tmp_path / "whole.pth", decoder)
 
 
-def test_a_name_that_the_path_does_not_tell_decides_between_equals(tmp_path: Path) -> None:
-    # The service keeps uploads under their digests.
-    torch.save(official_sam(seed=3).state_dict(), tmp_path / "0123abcd")
-    plain = hypersam.plan(tmp_path / "0123abcd", file_name="anything.pth", options={"policy": "equal_error"})
-    assert plain.variant == "sam_vit"
+@pytest.mark.parametrize(
+    ("layout_name", "prefix"),
+    [("sam_b", "image_encoder."), ("sam_b", ""), ("hq_b", ""), ("mobile_and_tinysam", ""), ("edge", "")],
+)
+def test_an_encoder_of_any_family_is_told_what_it_lacks(layout_name: str, prefix: str) -> None:
+    whole = layout(layout_name)
+    encoder = {prefix + k.removeprefix("image_encoder."): v for k, v in whole.items() if k.startswith("image_encoder.")}
+    with pytest.raises(UnknownFamily, match="image encoder alone"):
+        detect(encoder)
+
+
+def test_what_comes_as_two_files_is_what_is_published_so() -> None:
+    # The encoder's official name is that of a file of SAM's own.
+    found = detect(layout("sam_h"), name="sam_vit_h.pt")
+    assert (found.variant, found.decided_by) == ("sam_vit_h", "name")
+    told = found.told(sha256="0" * 64, name="sam_vit_h.pt", two_files=True)
+    assert (told.variant, told.decided_by) == ("mobile_sam_v2", "files")
+    asked = detect(layout("sam_h"), variant="sam_vit_h").told(two_files=True)
+    assert (asked.variant, asked.decided_by) == ("sam_vit_h", "caller")
+    assert detect(layout("sam_b")).told(two_files=True).variant == "sam_vit_b"
 
 
 def test_no_tensor_is_lost_where_keys_are_spelt_in_two_ways(tmp_path: Path) -> None:
@@ -90,3 +107,12 @@ def test_neither_file_is_replaced_by_the_artifact(tmp_path: Path, which: int) ->
     with pytest.raises(InvalidOption, match=f"would replace its source {files[which].name}"):
         hypersam.compress(files[0], files[which], decoder=files[1], options={"policy": "equal_error"})
     assert files[which].read_bytes() == before
+
+
+@pytest.mark.parametrize(("name", "variant"), [("mobile_sam.pt", "mobile_sam"), ("tinysam_42.3.pth", "tiny_sam")])
+def test_a_name_that_the_path_does_not_tell_decides_between_equals(tmp_path: Path, name: str, variant: str) -> None:
+    # The service keeps uploads under their digests.
+    path = tmp_path / "0123abcd"
+    torch.save(random_sam.state_dict("mobile_sam"), path)
+    made = hypersam.plan(path, file_name=name, options={"policy": "equal_error", "max_error": 0.5})
+    assert made.variant == variant
