@@ -234,6 +234,10 @@ class ObjectStore(ArtifactStore):
     def sweep(self, max_age: float, keep: Container[str] | None = None) -> None:
         """As on disk; besides, artifacts that no registration has. What cannot be reached is left for next time."""
         super().sweep(max_age, keep)
+        for part in self.artifacts.glob("*.part"):  # of a fetch that was killed
+            with contextlib.suppress(OSError):
+                if part.stat().st_mtime < time.time() - max_age:
+                    part.unlink()
         oldest = datetime.fromtimestamp(time.time() - max_age, UTC)
         try:
             for each in self._listed("uploads/"):

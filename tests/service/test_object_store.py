@@ -221,11 +221,15 @@ def test_garbage_goes_and_what_is_wanted_stays(bucket: Settings) -> None:
     wanted, unwanted = put(store, b"wanted"), put(store, b"unwanted")
     record = register(store, "m")
     obstore.put(store.remote, "artifacts/d/orphan.hsam", b"x")
+    killed = store.artifacts / "fetch.part"
+    killed.touch()
     store.sweep(3600, set())
+    assert killed.exists()
     assert store.size("artifacts/d/orphan.hsam") == 1  # young
     time.sleep(1.1)  # S3 tells times in seconds
     store.sweep(0, {wanted})
     assert store.size("artifacts/d/orphan.hsam") is None
+    assert not killed.exists()
     assert store.artifact(record).is_file()
     store.require_upload(wanted)
     with pytest.raises(UnknownUpload):
