@@ -123,7 +123,7 @@ def _segment(client: httpx.Client, model: str, picture: Path, thing: dict[str, A
     best = max(answer["masks"], key=lambda m: m["score"])
     mask = np.asarray(Image.open(io.BytesIO(base64.b64decode(best["segmentation"])))) > 127
     with Image.open(picture.with_name(thing["mask"])) as true:
-        expected = np.asarray(true) > 127
+        expected = np.asarray(true.convert("1"), dtype=bool)
     overlap = (mask & expected).sum() / max(1, (mask | expected).sum())
     OUT.mkdir(exist_ok=True)
     Image.fromarray(mask.astype(np.uint8) * 255).save(OUT / "mask.png")
