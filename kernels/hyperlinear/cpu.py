@@ -1,25 +1,43 @@
 """The product block by block: decode a few output rows into a scratch buffer, multiply, go on.
 
 The scratch memory is bounded whatever the layer's size, and small enough to stay in the cache between its
-decoding and the library's product. Nothing here is particular to CPUs: it also serves devices and dtypes
-that have no kernel.
+decoding and the library's product. A block is decoded once a call, however many tokens there are. On CPUs the decoders
+are compiled loops; ``blockwise`` itself is not particular to CPUs and also serves devices and dtypes without a kernel.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.hyperlinear import cpu_numba as loops
 from kernels.hyperlinear.naive import accumulator
+from kernels.hyperlinear.threads import over_rows
 
-#: Decoded weights held at once, in bytes; one row more where a row alone takes more. Their indices, widened to
-#: what a gather takes, come to half as much again.
+#: Decoded weights held at once, in bytes; one row more where a row alone takes more.
 SCRATCH_BYTES = 4 << 20
 
 Rows = Callable[[int, int], Tensor]
-"""Decodes the output rows from the first number up to the second: fp32 (rows, in), good until the next call."""
+"""Decodes the output rows from the first number up to the second: (rows, in), good until the next call."""
+
+
+@functools.cache
+def native_bf16() -> bool:
+    """Whether this CPU multiplies bf16 numbers by instructions of its own."""
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def operand(x: Tensor) -> torch.dtype:
+    """The dtype that both factors have: bf16 for a bf16 ``x`` where the CPU has it, else the accumulator's."""
+    if x.dtype == torch.bfloat16 and x.device.type == "cpu" and native_bf16():
+        return torch.bfloat16
+    return accumulator(x)
 
 
 def linear(
@@ -33,41 +51,73 @@ def linear(
 ) -> Tensor:
     """``x`` times the transposed weight, plus ``bias``: (…, out) in ``x``'s dtype. Arguments: see ``naive``.
 
-    Products and sums are fp32 (float64 for a float64 ``x``), rounded once to ``x``'s dtype. ``out``: where to
-    write, (rows of x, out), contiguous, of the accumulator's dtype.
+    Sums are fp32 (float64 for a float64 ``x``), rounded once to ``x``'s dtype; factors as ``operand`` has it. ``out``:
+    where to write, (rows of x, out), contiguous, of ``operand``'s dtype.
     """
     out_features, points = indices.shape
-    block = rows_at_once(out_features, points * 8, scratch_bytes)
-    decoded = torch.empty(block * points, dtype=torch.int64, device=x.device)
-    wanted = torch.empty(block * points, dtype=torch.int32, device=x.device)
+    on_cpu = x.device.type == "cpu"
+    kind = torch.bfloat16 if operand(x) == torch.bfloat16 else torch.float32
+    block = rows_at_once(out_features, points * 2 * kind.itemsize, scratch_bytes)
+    decoded = torch.empty((block, 2 * points), dtype=kind, device=x.device)
+    halves = kind == torch.bfloat16
+    table = pairs.view(torch.float32).to(kind).view(torch.int32) if halves else pairs
 
     def rows(start: int, stop: int) -> Tensor:
-        size = (stop - start) * points
-        wanted[:size].view(-1, points).copy_(indices[start:stop])
-        torch.index_select(pairs, 0, wanted[:size], out=decoded[:size])
-        return decoded[:size].view(torch.float32).view(stop - start, 2 * points)[:, : x.shape[-1]]
+        weight = decoded[: stop - start]
+        if on_cpu:
+            gather_rows(indices[start:stop], table, weight)
+        else:
+            weight.view(torch.int64).copy_(table[indices[start:stop].long()])
+        return weight[:, : x.shape[-1]]
 
     return blockwise(x, rows, out_features, block, bias, out=out)
 
 
 def rows_at_once(out_features: int, row_bytes: int, scratch_bytes: int = SCRATCH_BYTES) -> int:
-    """How many output rows to decode at once: as many as fit, at least one."""
-    return min(out_features, max(1, scratch_bytes // max(1, row_bytes)))
+    """How many output rows to decode at once: as many as fit, at least one, in blocks of about the same size."""
+    fit = max(1, scratch_bytes // max(1, row_bytes))
+    return max(1, -(-out_features // -(-out_features // fit))) if out_features else 1
 
 
 def blockwise(
     x: Tensor, rows: Rows, out_features: int, block: int, bias: Tensor | None, *, out: Tensor | None = None
 ) -> Tensor:
     """``x`` (…, in) times a weight that ``rows`` decodes ``block`` output rows at a time, plus ``bias``."""
-    wide = accumulator(x)
-    flat = x.reshape(-1, x.shape[-1]).to(wide)
+    kind = operand(x)
+    flat = x.reshape(-1, x.shape[-1]).to(kind)
     if out is None:
-        out = torch.empty((flat.shape[0], out_features), dtype=wide, device=x.device)
+        out = torch.empty((flat.shape[0], out_features), dtype=kind, device=x.device)
+    if bias is not None:
+        bias = bias.to(kind)
     for start in range(0, out_features if flat.shape[0] else 0, block):
         stop = min(start + block, out_features)
-        weight, target = rows(start, stop).to(wide).t(), out[:, start:stop]
+        weight, target = rows(start, stop).to(kind).t(), out[:, start:stop]
         if bias is None:
             torch.mm(flat, weight, out=target)
         else:
-            torch.addmm(bias[start:stop].to(wide), flat, weight, out=target)
+            torch.addmm(bias[start:stop], flat, weight, out=target)
     return out.view(*x.shape[:-1], out_features).to(x.dtype)
+
+
+def scale_rows(levels: Tensor, scales: Tensor, out: Tensor) -> None:
+    """Fill ``out`` (rows, columns), fp32 or bf16, with int8 ``levels`` times fp32 ``scales`` (rows,)."""
+    source, factors, target = levels.numpy(), scales.numpy(), array(out)
+    loop = loops.to_bf16 if out.dtype == torch.bfloat16 else loops.to_fp32
+    over_rows(lambda a, b: loop(source[a:b], factors[a:b], target[a:b]), *levels.shape)
+
+
+def gather_rows(indices: Tensor, table: Tensor, out: Tensor) -> None:
+    """Fill ``out`` (rows, 2·points) with the pairs that int16 ``indices`` (rows, points) name in ``table`` (n,), whose
+    entries are as wide as two of ``out``'s."""
+    source, entries = indices.numpy(), table.numpy()
+    target = out.view(table.dtype).numpy()
+    loop = {2: loops.gather16, 4: loops.gather32, 8: loops.gather64}[table.element_size()]
+    over_rows(lambda a, b: loop(source[a:b], entries, target[a:b]), *indices.shape)
+
+
+def array(tensor: Tensor) -> NDArray[np.generic]:
+    """The tensor's memory as numpy has it: bf16 as uint16."""
+    if tensor.dtype == torch.bfloat16:
+        found: NDArray[np.generic] = tensor.view(torch.int16).numpy().view(np.uint16)
+        return found
+    return tensor.numpy()

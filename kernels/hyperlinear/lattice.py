@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.hyperlinear.cpu import SCRATCH_BYTES, blockwise, rows_at_once
+from kernels.hyperlinear.cpu import SCRATCH_BYTES, blockwise, operand, rows_at_once, scale_rows
 
 
 def dense(levels: Tensor, step: float, index: Tensor, values: Tensor) -> Tensor:
@@ -38,17 +38,26 @@ def linear(
     out_features, columns = levels.shape
     if x.device.type != "cpu":
         return blockwise(x, lambda start, stop: dense(levels, step, index, values), out_features, out_features, bias)
-    block = rows_at_once(out_features, columns * 4, scratch_bytes)
-    scratch = torch.empty((block, columns), dtype=torch.float32)
-    starts = torch.arange(0, out_features + block, block).clamp_(max=out_features) * columns
-    bounds = torch.searchsorted(index, starts).tolist() if index.numel() else [0] * len(starts)
+    kind = torch.bfloat16 if operand(x) == torch.bfloat16 else torch.float32
+    block = rows_at_once(out_features, columns * kind.itemsize, scratch_bytes)
+    scratch = torch.empty((block, columns), dtype=kind)
+    scales = torch.full((block,), step)
+    bounds = block_bounds(index, out_features, columns, block)
 
     def rows(start: int, stop: int) -> Tensor:
         weight = scratch[: stop - start]
-        weight.copy_(levels[start:stop]).mul_(step)
+        scale_rows(levels[start:stop], scales, weight)
         first, last = bounds[start // block], bounds[start // block + 1]
         if first < last:
-            weight.view(-1).index_copy_(0, index[first:last] - start * columns, values[first:last].view(torch.float32))
+            exact = values[first:last].view(torch.float32).to(kind)
+            weight.view(-1).index_copy_(0, index[first:last] - start * columns, exact)
         return weight
 
     return blockwise(x, rows, out_features, block, bias)
+
+
+def block_bounds(index: Tensor, out_features: int, columns: int, block: int) -> list[int]:
+    """Where among ascending flat positions those of each block of rows begin, and where the last ones end."""
+    starts = torch.arange(0, out_features + block, block).clamp_(max=out_features) * columns
+    bounds: list[int] = torch.searchsorted(index, starts).tolist()
+    return bounds

@@ -13,8 +13,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from kernels.codec import trellis_numba as trellis
 from kernels.codec.hadamard import butterflies, norm
-from kernels.hyperlinear.cpu import SCRATCH_BYTES, blockwise, rows_at_once
+from kernels.hyperlinear.cpu import SCRATCH_BYTES, blockwise, operand, rows_at_once, scale_rows
+from kernels.hyperlinear.lattice import block_bounds
+from kernels.hyperlinear.threads import over_rows
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,11 @@ class Weight:
     def columns(self) -> int:
         """Number of inputs."""
         return self.signs.shape[0]
+
+    def levels(self, start: int, stop: int, out: Tensor) -> None:
+        """Write the integer levels of output rows to the first rows of ``out``, int8 (rows or more, in), on the CPU."""
+        codes, table, target = self.codes[start:stop].numpy(), self.table.numpy(), out.numpy()
+        over_rows(lambda a, b: trellis.levels(codes, self.bits, table, a, b, target), stop - start, self.columns)
 
     def rows(self, start: int, stop: int) -> Tensor:
         """Output rows as they are before the rotation is undone and outliers are added: fp32 (rows, in)."""
@@ -81,32 +89,40 @@ def dense(weight: Weight) -> Tensor:
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, *, scratch_bytes: int = SCRATCH_BYTES) -> Tensor:
     """``x`` (…, in) times the transposed weight, plus ``bias``: (…, out) in ``x``'s dtype."""
     out_features, columns = weight.codes.shape[0], weight.columns
-    on_cpu = x.device.type == "cpu"
-    # The symbols and states take twice the weight's own bytes, besides.
-    block = rows_at_once(out_features, columns * 4, scratch_bytes) if on_cpu else out_features
-    bounds: list[int] = []
-    if on_cpu:
-        starts = torch.arange(0, out_features + block, block).clamp_(max=out_features) * columns
-        bounds = torch.searchsorted(weight.index, starts).tolist()
+    turned = rotated(x, weight.block, weight.signs)
+    extra = weight.values.view(torch.float32)
+    if x.device.type != "cpu":
+
+        def whole(start: int, stop: int) -> Tensor:
+            made = weight.rows(start, stop)
+            made.view(-1).index_add_(0, weight.index, extra)
+            return made
+
+        return blockwise(turned, whole, out_features, out_features, bias).to(x.dtype)
+    kind = torch.bfloat16 if operand(turned) == torch.bfloat16 else torch.float32
+    block = rows_at_once(out_features, columns * kind.itemsize, scratch_bytes)
+    levels = torch.empty((block, columns), dtype=torch.int8)
+    scratch = torch.empty((block, columns), dtype=kind)
+    bounds = block_bounds(weight.index, out_features, columns, block)
+    scales = weight.scales.view(torch.float32)
 
     def rows(start: int, stop: int) -> Tensor:
-        made = weight.rows(start, stop)
-        span = slice(bounds[start // block], bounds[start // block + 1]) if on_cpu else slice(None)
-        extra = weight.values[span].view(torch.float32)
-        if extra.numel():
-            made.view(-1).index_add_(0, weight.index[span] - start * columns, extra)
+        made = scratch[: stop - start]
+        weight.levels(start, stop, levels)
+        scale_rows(levels[: stop - start], scales[start:stop], made)
+        span = slice(bounds[start // block], bounds[start // block + 1])
+        if span.start < span.stop:
+            made.view(-1).index_add_(0, weight.index[span] - start * columns, extra[span].to(kind))
         return made
 
-    turned = rotated(x, weight.block, weight.signs)
-    result = blockwise(turned, rows, out_features, block, bias)
-    return result.to(x.dtype)
+    return blockwise(turned, rows, out_features, block, bias).to(x.dtype)
 
 
 def rotated(x: Tensor, block: int, signs: Tensor) -> Tensor:
-    """``x`` (…, n) with its signs changed and each block of ``block`` turned, in fp32 or float64."""
+    """``x`` (…, n) with its signs changed and each block of ``block`` turned, in ``operand``'s dtype."""
     if block == 1:
         return x
-    wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+    wide = x.to(operand(x))
     blocks = (wide * signs).unflatten(-1, (-1, block))
     turned: Tensor = blocks @ hadamard(block).to(blocks)
     return turned.flatten(-2)

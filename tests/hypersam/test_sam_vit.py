@@ -76,7 +76,7 @@ def test_a_bounded_bias_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     x = torch.randn(2, 3, 192, 192)
     with torch.inference_mode():
         whole = encoder(x)
-        monkeypatch.setattr("hypersam.sam.families.sam_vit._BIAS_BYTES", 1)
+        monkeypatch.setattr("hypersam.sam.families.attention._SCORE_BYTES", 1)
         by_row = encoder(x)
     torch.testing.assert_close(by_row, whole, rtol=1e-4, atol=1e-5)
 

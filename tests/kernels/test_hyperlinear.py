@@ -49,7 +49,7 @@ def test_cpu(rows: int, out_features: int, in_features: int, bias: bool, dtype: 
     made = layer(out_features, in_features, bias=bias)
     x = torch.randn(rows, in_features).to(dtype)
     for scratch in (1, 1000, cpu.SCRATCH_BYTES):
-        out = torch.full((rows, out_features), torch.nan)
+        out = torch.full((rows, out_features), torch.nan, dtype=cpu.operand(x))
         expect_close(cpu.linear(x, made.indices, made.pairs, made.bias, out=out, scratch_bytes=scratch), made, x)
         assert out.isfinite().all()
     expect_close(naive.linear(x, made.indices, made.pairs, made.bias), made, x)

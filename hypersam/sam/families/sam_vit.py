@@ -1,24 +1,22 @@
 """SAM with a ViT image encoder (Kirillov et al. 2023), of the published sizes or any other.
 
 The image encoder is written here with the official keys: the official one materialises every attention matrix
-(0.8 GB a global block for ViT-B) where ours hands scaled_dot_product_attention a bias for a bounded number of
-queries at a time.
+(0.8 GB a global block for ViT-B), see ``attention`` for what ours does.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from segment_anything.modeling.common import LayerNorm2d, MLPBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hypersam.errors import LayoutMismatch
+from hypersam.sam.families.attention import attend
 from hypersam.sam.families.decoder import (
     DecoderConfig,
     SamDecoding,
@@ -32,8 +30,6 @@ from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, cut, shell
 
 MARK = "image_encoder.patch_embed.proj.weight"
-_BIAS_BYTES = 32 << 20
-"""Largest relative-position bias that attention materialises at once."""
 
 
 @dataclass(frozen=True)
@@ -223,26 +219,18 @@ class _Block(nn.Module):
         self.mlp = MLPBlock(embedding_dim=dim, mlp_dim=mlp_dim, act=nn.GELU)
 
     def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm1(x)
-        attended = self._windowed(normed) if self.window else self.attn(normed)
-        x = x + attended
+        x = x + self.attn(self.norm1(x))
         mlp: Tensor = self.mlp(self.norm2(x))
         return x + mlp
 
-    def _windowed(self, x: Tensor) -> Tensor:
-        """Cut into windows (the last ones padded with zeros), attend within each, put together again."""
-        b, h, w, c = x.shape
-        side = self.window
-        x = F.pad(x, (0, 0, 0, -w % side, 0, -h % side))
-        rows, columns = x.shape[1] // side, x.shape[2] // side
-        x = x.view(b, rows, side, columns, side, c).transpose(2, 3).reshape(-1, side, side, c)
-        x = self.attn(x)
-        x = x.view(b, rows, columns, side, side, c).transpose(2, 3)
-        return x.reshape(b, rows * side, columns * side, c)[:, :h, :w]
-
 
 class _Attention(nn.Module):
-    """Multi-head attention over a square of tokens with decomposed relative positions (Li et al. 2022)."""
+    """Multi-head attention within squares of ``side`` tokens with decomposed relative positions.
+
+    Where the squares do not divide the picture the last ones are padded with zeros, as in the official code. There
+    the padding goes through both projections; here it does not, because what they make of it is known: the first
+    makes its bias, and what the second would make is thrown away.
+    """
 
     def __init__(self, dim: int, heads: int, side: int) -> None:
         super().__init__()
@@ -253,34 +241,22 @@ class _Attention(nn.Module):
         self.rel_pos_w = nn.Parameter(torch.zeros(2 * side - 1, dim // heads))
 
     def forward(self, x: Tensor) -> Tensor:
-        b, side = x.shape[0], self.side
-        tokens, dim = side * side, x.shape[-1]
-        qkv = self.qkv(x).view(b, tokens, 3, self.heads, dim // self.heads).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
-        steps = torch.arange(side, device=x.device)
-        offset = steps[:, None] - steps[None, :] + side - 1
-        r_h, r_w = self.rel_pos_h[offset].to(q.dtype), self.rel_pos_w[offset].to(q.dtype)
-        grid_q = q.reshape(b, self.heads, side, side, -1)
-        # (B, heads, row of the query, column of the query, row or column of the key)
-        rel_h = torch.einsum("bnhwc,hkc->bnhwk", grid_q, r_h)
-        rel_w = torch.einsum("bnhwc,wkc->bnhwk", grid_q, r_w)
-        rows = self._rows_at_once(b, q.element_size())
-        out = torch.empty(b, tokens, self.heads, dim // self.heads, dtype=q.dtype, device=q.device)
-        for first in range(0, side, rows):
-            last = min(first + rows, side)
-            bias = rel_h[:, :, first:last, :, :, None] + rel_w[:, :, first:last, :, None, :]
-            part = slice(first * side, last * side)
-            attended = F.scaled_dot_product_attention(
-                q[:, :, part], k, v, attn_mask=bias.reshape(b, self.heads, -1, tokens)
-            )
-            out[:, part] = attended.transpose(1, 2)
-        projected: Tensor = self.proj(out.view(b, side, side, dim))
+        """(B, H, W, C) to the same."""
+        side, (h, w) = self.side, x.shape[1:3]
+        qkv: Tensor = self.qkv(x)
+        if h % side or w % side:
+            bias = self.qkv.bias.to(qkv.dtype)
+            padded = bias.expand(x.shape[0], h + -h % side, w + -w % side, -1).clone()
+            padded[:, :h, :w] = qkv
+            qkv = padded
+        b, high, wide, _ = qkv.shape
+        # (B, rows of squares, side, columns of squares, side, 3, heads, d)
+        cut = qkv.view(b, high // side, side, wide // side, side, 3, self.heads, -1)
+        q, k, v = cut.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, self.heads, side * side, cut.shape[-1]).unbind(0)
+        out = attend(q, k, v, self.rel_pos_h, self.rel_pos_w)
+        out = out.view(b, high // side, wide // side, self.heads, side, side, -1).permute(0, 1, 4, 2, 5, 3, 6)
+        projected: Tensor = self.proj(out.reshape(b, high, wide, -1)[:, :h, :w])
         return projected
-
-    def _rows_at_once(self, batch: int, element_size: int) -> int:
-        """Rows of queries whose bias stays within the bound. Windows are many and small: all at once."""
-        row_bytes = batch * self.heads * self.side**3 * element_size
-        return self.side if self.side <= 16 else max(1, min(self.side, math.floor(_BIAS_BYTES / row_bytes)))
 
 
 FAMILY = Family(
