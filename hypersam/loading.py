@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -19,30 +21,56 @@ from hypersam.sam.model import SamModel
 from hypersam.sam.network import Config, SamNetwork
 from hypersam.sam.predictor import SamPredictor
 from kernels.artifact import Artifact, open_artifact
-from kernels.codec import Encoded, decode
+from kernels.codec import Encoded, LatticeTensor, OrbitTensor, decode
 from kernels.errors import ArtifactCorrupt as KernelArtifactCorrupt
-from kernels.hyperlinear import RESIDENT, HyperLinear
+from kernels.hyperlinear import RESIDENT, HyperConv2d, HyperLinear
+
+LEAST_CONVOLUTION = 1 << 14
+"""Weights from which a convolution stays compressed; smaller ones are decoded."""
+
+Residency = Literal["auto", "levels", "stream"]
+"""How a ``lattice`` weight lies in memory: int8 levels, or the entropy-coded bytes of the file, which are fewer and are
+decoded anew at every product (CPUs only). ``auto``: levels, unless the model would not fit the memory it is given."""
 
 
-def load(path: Path | str, *, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32) -> SamPredictor:
+def load(
+    path: Path | str,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype = torch.float32,
+    resident: Residency = "auto",
+    memory: int | None = None,
+) -> SamPredictor:
     """A predictor for a compressed model (``.hsam``) or an ordinary checkpoint.
 
     ``device``: ``auto`` is CUDA where there is one, else the CPU. ``dtype`` is that of the image encoder.
-    Raises ArtifactError or CheckpointError.
+    ``resident``: see ``Residency``; ``memory``: the bytes of weights that ``auto`` may keep, None for any number.
+    Raises ArtifactError or CheckpointError, and InvalidOption for streams on a GPU.
     """
     path = Path(path)
     if not path.is_file():
         raise NotACheckpoint(f"there is no file {path}")
-    return SamPredictor(load_model(path, device=device, dtype=dtype))
+    return SamPredictor(load_model(path, device=device, dtype=dtype, resident=resident, memory=memory))
 
 
-def load_model(path: Path, *, device: str | torch.device = "auto", dtype: torch.dtype = torch.float32) -> SamModel:
+def load_model(
+    path: Path,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype = torch.float32,
+    resident: Residency = "auto",
+    memory: int | None = None,
+) -> SamModel:
     """The same, as a SamModel."""
     place = resolve_device(device)
+    if resident == "stream" and place.type != "cpu":
+        raise InvalidOption(f"entropy-coded weights are multiplied on the CPU only, not on {place}; take levels")
     if is_artifact(path):
         # Every stream is checked as it is read, so the file is read once.
         with artifact_errors(), open_artifact(path, verify=False) as artifact:
-            return _from_artifact(artifact, place, dtype)
+            fits = memory is None or _levels_bytes(artifact) <= memory
+            stream = resident == "stream" or (resident == "auto" and place.type == "cpu" and not fits)
+            return _from_artifact(artifact, place, dtype, stream)
     checkpoint = read_checkpoint(path)
     detected = detect(checkpoint.tensors, name=path.name)
     # A copy, so that the model does not hang on the mapped file.
@@ -88,7 +116,13 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return place
 
 
-def _from_artifact(artifact: Artifact, device: torch.device, dtype: torch.dtype) -> SamModel:
+def _levels_bytes(artifact: Artifact) -> int:
+    """About what the model's weights take with int8 levels."""
+    bits = {"lattice": 8, "birkhoff": 8, "orbit": 4}  # the others are decoded to fp32
+    return sum(math.prod(r.shape) * bits.get(r.encoding, 32) for r in artifact.records) // 8
+
+
+def _from_artifact(artifact: Artifact, device: torch.device, dtype: torch.dtype, stream: bool) -> SamModel:
     """Build on the meta device and fill: a coded linear layer goes from its stream straight to indices."""
     model = artifact.model
     try:
@@ -114,7 +148,7 @@ def _from_artifact(artifact: Artifact, device: torch.device, dtype: torch.dtype)
     for name in artifact.names():
         if name not in expected:  # carried, in no network, and to be whole all the same
             artifact.encoded(name)
-    return compressed_model(artifact.encoded, family, config, variant, device=device, dtype=dtype)
+    return compressed_model(artifact.encoded, family, config, variant, device=device, dtype=dtype, stream=stream)
 
 
 def compressed_model(
@@ -125,21 +159,29 @@ def compressed_model(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    stream: bool = False,
 ) -> SamModel:
     """A model with compressed layers.
 
-    ``encoded`` gives a tensor by its name. Each is asked for once, by several threads.
-    Built on the meta device and filled: the weight of a linear layer goes from its stream straight to its resident
-    form. Raises ArtifactError, naming the tensor, for one that does not fit.
+    ``encoded`` gives a tensor by its name. Each is asked for once, by several threads. ``stream``: see ``Residency``.
+    Built on the meta device and filled: the weight of a linear layer, or of a convolution that is one on patches, goes
+    from its stream straight to its resident form. Raises ArtifactError, naming the tensor, for one that does not fit.
     """
     network = family.on_meta(config)
     linears = {f"{name}.weight": name for name, m in network.named_modules() if isinstance(m, nn.Linear)}
 
-    def one(key: str) -> HyperLinear | Tensor:
+    convolutions = {
+        f"{name}.weight": m for name, m in network.named_modules() if isinstance(m, nn.Conv2d) and HyperConv2d.fits(m)
+    }
+
+    def one(key: str) -> HyperLinear | HyperConv2d | Tensor:
         given = encoded(key)
         try:
             if key in linears and isinstance(given, RESIDENT):
-                return HyperLinear.from_encoded(given, None)
+                return HyperLinear.from_encoded(given, None, stream=stream)
+            if key in convolutions and _stays_coded(given):
+                kernel = convolutions[key].kernel_size
+                return HyperConv2d.from_encoded(given, None, kernel, stream=stream)
             return _computed(decode(given))
         except (ValueError, KernelArtifactCorrupt) as error:
             raise ArtifactError(f"{key}: {error}") from error
@@ -148,10 +190,11 @@ def compressed_model(
     with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="load") as pool:
         filled = dict(zip(names, pool.map(one, names), strict=True))
     state = {key: made for key, made in filled.items() if isinstance(made, Tensor)}
-    layers = {key: made for key, made in filled.items() if isinstance(made, HyperLinear)}
+    layers = {key: made for key, made in filled.items() if not isinstance(made, Tensor)}
     for key, layer in layers.items():
-        name = linears[key]
-        layer.bias = state.pop(f"{name}.bias", None)
+        name = key.removesuffix(".weight")
+        linear = layer if isinstance(layer, HyperLinear) else layer.linear
+        linear.bias = state.pop(f"{name}.bias", None)
         parent, _, child = name.rpartition(".")
         setattr(network.get_submodule(parent), child, layer)
     missing, unexpected = network.load_state_dict(state, strict=False, assign=True)
@@ -161,8 +204,21 @@ def compressed_model(
     return _placed(network, variant, resolve_device(device), dtype)
 
 
+def _stays_coded(encoded: Encoded) -> TypeGuard[LatticeTensor | OrbitTensor]:
+    """Whether a convolution's tensor is coded as a matrix of its output channels, and large enough to matter."""
+    rows = encoded.shape[0] if encoded.shape else 0
+    match encoded:
+        case LatticeTensor():
+            whole = not encoded.offset and encoded.columns % (math.prod(encoded.shape) // rows) == 0
+        case OrbitTensor():
+            whole = encoded.rows == rows
+        case _:
+            whole = False
+    return whole and math.prod(encoded.shape) >= LEAST_CONVOLUTION
+
+
 def _inside_hyperlinear(network: nn.Module, key: str) -> bool:
-    return isinstance(network.get_submodule(key.rpartition(".")[0]), HyperLinear)
+    return isinstance(network.get_submodule(key.rpartition(".")[0]), (HyperLinear, HyperConv2d))
 
 
 def _computed(tensor: Tensor) -> Tensor:

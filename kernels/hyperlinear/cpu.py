@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.hyperlinear import cpu_numba as loops
+from kernels.hyperlinear.cpu_int8 import Int8Weight
 from kernels.hyperlinear.naive import accumulator
 from kernels.hyperlinear.threads import over_rows
 
@@ -121,3 +122,14 @@ def array(tensor: Tensor) -> NDArray[np.generic]:
         found: NDArray[np.generic] = tensor.view(torch.int16).numpy().view(np.uint16)
         return found
     return tensor.numpy()
+
+
+def int8_weight(indices: Tensor, pairs: Tensor, in_features: int) -> Int8Weight:
+    """A birkhoff weight rounded to 255 steps of its largest."""
+    values = pairs.view(torch.float32)
+    step = (values.abs().amax() / 127).clamp_(min=torch.finfo(torch.float32).tiny)
+    table = (values / step).round_().to(torch.int8).view(torch.int16)
+    levels = torch.empty((indices.shape[0], 2 * indices.shape[1]), dtype=torch.int8)
+    gather_rows(indices, table, levels)
+    none = torch.empty(0)
+    return Int8Weight(levels[:, :in_features].contiguous(), step.expand(len(levels)).contiguous(), none.long(), none)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels.hyperlinear.cpu import SCRATCH_BYTES, blockwise, operand, rows_at_once, scale_rows
+from kernels.hyperlinear.cpu_int8 import Int8Weight
 
 
 def dense(levels: Tensor, step: float, index: Tensor, values: Tensor) -> Tensor:
@@ -61,3 +62,12 @@ def block_bounds(index: Tensor, out_features: int, columns: int, block: int) -> 
     starts = torch.arange(0, out_features + block, block).clamp_(max=out_features) * columns
     bounds: list[int] = torch.searchsorted(index, starts).tolist()
     return bounds
+
+
+def int8_weight(levels: Tensor, step: float, index: Tensor, values: Tensor) -> Int8Weight:
+    """The levels as they are. A weight that is stored as it is differs from its level by half a step at most, as every
+    weight does, unless it is beyond ±127: then the difference is added."""
+    exact = values.view(torch.float32)
+    missing = exact - levels.view(-1)[index].to(torch.float32) * step
+    far = missing.abs() > step
+    return Int8Weight(levels, torch.full((levels.shape[0],), step), index[far], missing[far])

@@ -14,7 +14,8 @@ from kernels.codec.orbit_tables import table
 from kernels.hyperlinear import lattice as lattice_product
 from kernels.hyperlinear import naive
 from kernels.hyperlinear import orbit as orbit_product
-from kernels.hyperlinear.op import birkhoff_linear, lattice_linear, orbit_linear
+from kernels.hyperlinear import stream as stream_product
+from kernels.hyperlinear.op import birkhoff_linear, lattice_linear, orbit_linear, stream_linear
 
 
 class HyperLinear(nn.Module, ABC):
@@ -42,17 +43,20 @@ class HyperLinear(nn.Module, ABC):
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
 
     @staticmethod
-    def from_encoded(encoded: Coded, bias: Tensor | None, *, device: torch.device | str | None = None) -> HyperLinear:
+    def from_encoded(
+        encoded: Coded, bias: Tensor | None, *, device: torch.device | str | None = None, stream: bool = False
+    ) -> HyperLinear:
         """A layer that keeps a coded (out, in) weight as it is.
 
-        ``device``: where it is made; default the stream's. Raises ValueError for a tensor that is no coded
-        matrix, ArtifactCorrupt or ValueError for a stream that does not decode.
+        ``device``: where it is made; default the stream's. ``stream``: keep the entropy-coded bytes of a ``lattice``
+        weight instead of its levels, which takes less memory and more time; on the CPU only. Raises ValueError for a
+        tensor that is no coded matrix, ArtifactCorrupt or ValueError for a stream that does not decode.
         """
         match encoded:
             case BirkhoffTensor():
                 made: HyperLinear = BirkhoffLinear.of(encoded, bias)
             case LatticeTensor():
-                made = LatticeLinear.of(encoded, bias)
+                made = (StreamLinear if stream else LatticeLinear).of(encoded, bias)
             case OrbitTensor():
                 made = OrbitLinear.of(encoded, bias)
             case _:
@@ -164,6 +168,45 @@ class LatticeLinear(HyperLinear):
     def dense(self) -> Tensor:
         """The decoded weight."""
         return lattice_product.dense(self.levels, self.step, self.index, self.values).to(self.weight_dtype)
+
+
+class StreamLinear(HyperLinear):
+    """The buffers are the fields of ``stream.Stream``. It has no path with int8 operands."""
+
+    words: Tensor
+    states: Tensor
+    classes: Tensor
+    escapes: Tensor
+    starts: Tensor
+
+    def __init__(
+        self, held: stream_product.Stream, in_features: int, bias: Tensor | None,
+        weight_dtype: torch.dtype = torch.float32,
+    ) -> None:  # fmt: skip
+        super().__init__(in_features, len(held.classes) * held.columns // in_features, bias, weight_dtype)
+        self.columns, self.step, self.beta = held.columns, held.step, held.beta
+        for name in ("words", "states", "classes", "escapes", "starts"):
+            self.register_buffer(name, getattr(held, name), persistent=False)
+
+    @classmethod
+    def of(cls, encoded: LatticeTensor, bias: Tensor | None) -> StreamLinear:
+        """Raises ValueError for a stream that does not decode."""
+        return cls(stream_product.Stream.of(encoded), encoded.shape[-1], bias, encoded.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out), in ``x``'s dtype, on the CPU."""
+        result: Tensor = stream_linear(
+            x, self.words, self.states, self.classes, self.escapes, self.starts, self.columns, self.step, self.beta,
+            self.in_features, self.out_features, self.bias,
+        )  # fmt: skip
+        return result
+
+    def dense(self) -> Tensor:
+        """The decoded weight."""
+        held = stream_product.Stream(
+            self.words, self.states, self.classes, self.escapes, self.starts, self.columns, self.step, self.beta
+        )
+        return stream_product.dense(held, self.in_features).to(self.weight_dtype)
 
 
 class OrbitLinear(HyperLinear):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.hyperlinear import cpu, lattice, orbit
+from kernels.hyperlinear import cpu, cpu_int8, lattice, orbit, stream
 
 
 @torch.library.custom_op("hypersam::birkhoff_linear", mutates_args=())
@@ -21,6 +21,8 @@ def birkhoff_linear(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | No
     Devices without a kernel of their own take the block-wise product.
     """
     _check_birkhoff(x, indices)
+    if int8 and cpu_int8.worth_it(x):
+        return cpu_int8.linear(x, cpu.int8_weight(indices, pairs, x.shape[-1]), bias)
     return cpu.linear(x, indices, pairs, bias)
 
 
@@ -48,6 +50,8 @@ def lattice_linear(
 ) -> Tensor:
     """``x`` (…, in) times a ``lattice`` weight, plus ``bias``: (…, out) in ``x``'s dtype. See ``lattice``."""
     _check(x, levels.shape[1])
+    if int8 and cpu_int8.worth_it(x):
+        return cpu_int8.linear(x, lattice.int8_weight(levels, step, index, values), bias)
     return lattice.linear(x, levels, step, index, values, bias)
 
 
@@ -72,6 +76,26 @@ def _lattice_fake(
     return x.new_empty((*x.shape[:-1], levels.shape[0]))
 
 
+@torch.library.custom_op("hypersam::stream_linear", mutates_args=(), device_types="cpu")
+def stream_linear(
+    x: Tensor, words: Tensor, states: Tensor, classes: Tensor, escapes: Tensor, starts: Tensor, columns: int,
+    step: float, beta: int, in_features: int, out_features: int, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """``x`` (…, in) times an entropy-coded weight, plus ``bias``: (…, out) in ``x``'s dtype. See ``stream``."""
+    _check(x, in_features)
+    held = stream.Stream(words, states, classes, escapes, starts, columns, step, beta)
+    return stream.linear(x, held, bias)
+
+
+@stream_linear.register_fake
+def _stream_fake(
+    x: Tensor, words: Tensor, states: Tensor, classes: Tensor, escapes: Tensor, starts: Tensor, columns: int,
+    step: float, beta: int, in_features: int, out_features: int, bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    _check(x, in_features)
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
 @torch.library.custom_op("hypersam::orbit_linear", mutates_args=())
 def orbit_linear(
     x: Tensor, codes: Tensor, bits: int, table: Tensor, scales: Tensor, block: int, signs: Tensor,
@@ -79,7 +103,10 @@ def orbit_linear(
 ) -> Tensor:  # fmt: skip
     """``x`` (…, in) times an ``orbit`` weight, plus ``bias``: (…, out) in ``x``'s dtype. See ``orbit``."""
     _check(x, signs.shape[0])
-    return orbit.linear(x, orbit.Weight(codes, bits, table, scales, block, signs, index, values), bias)
+    weight = orbit.Weight(codes, bits, table, scales, block, signs, index, values)
+    if int8 and cpu_int8.worth_it(x):
+        return cpu_int8.linear(orbit.rotated(x, block, signs), orbit.int8_weight(weight), bias).to(x.dtype)
+    return orbit.linear(x, weight, bias)
 
 
 @orbit_linear.register_kernel("cuda")

@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels.codec import trellis_numba as trellis
 from kernels.codec.hadamard import butterflies, norm
 from kernels.hyperlinear.cpu import SCRATCH_BYTES, blockwise, operand, rows_at_once, scale_rows
+from kernels.hyperlinear.cpu_int8 import Int8Weight
 from kernels.hyperlinear.lattice import block_bounds
 from kernels.hyperlinear.threads import over_rows
 
@@ -135,3 +136,11 @@ def hadamard(size: int) -> Tensor:
     while made.shape[0] < size:
         made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
     return made / math.sqrt(size)
+
+
+def int8_weight(weight: Weight) -> Int8Weight:
+    """The levels, still rotated where they are; outliers are added."""
+    out_features = weight.codes.shape[0]
+    levels = torch.empty((out_features, weight.columns), dtype=torch.int8)
+    weight.levels(0, out_features, levels)
+    return Int8Weight(levels, weight.scales.view(torch.float32), weight.index, weight.values.view(torch.float32))

@@ -227,6 +227,9 @@ class _ConvNorm(nn.Module):
         return weight, bn.bias.to(wide) - bn.running_mean.to(wide) * scale
 
     def forward(self, x: Tensor) -> Tensor:
+        if not isinstance(self.c, nn.Conv2d):  # its weight is compressed: there is none to join the norm with
+            normed: Tensor = self.bn(self.c(x))
+            return normed
         return _convolved(self.c, x, *self.joined())
 
 

@@ -252,7 +252,9 @@ class _Attention(nn.Module):
         b, high, wide, _ = qkv.shape
         # (B, rows of squares, side, columns of squares, side, 3, heads, d)
         cut = qkv.view(b, high // side, side, wide // side, side, 3, self.heads, -1)
-        q, k, v = cut.permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(3, -1, self.heads, side * side, cut.shape[-1]).unbind(0)
+        # A copy, whatever the sizes: products with rows that lie apart would copy them again and again.
+        turned = cut.permute(5, 0, 1, 3, 6, 2, 4, 7).contiguous()
+        q, k, v = turned.view(3, -1, self.heads, side * side, cut.shape[-1]).unbind(0)
         out = attend(q, k, v, self.rel_pos_h, self.rel_pos_w)
         out = out.view(b, high // side, wide // side, self.heads, side, side, -1).permute(0, 1, 4, 2, 5, 3, 6)
         projected: Tensor = self.proj(out.reshape(b, high, wide, -1)[:, :h, :w])
