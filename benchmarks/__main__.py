@@ -147,6 +147,42 @@ def gpu_compile() -> None:
         show("  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()))
 
 
+@app.command()
+def linear(
+    tokens: Annotated[int, typer.Option(min=1, help="Rows of the activations.")] = 4096,
+    threads: Annotated[list[int] | None, typer.Option(help="Numbers of threads; default 2 and 1.")] = None,
+) -> None:
+    """Compressed layers of SAM-B's shapes beside dense ones on the CPU, and the speed of their decoders."""
+    from benchmarks import linear as benchmark
+
+    for row in benchmark.run(tokens, tuple(threads or (2, 1))):
+        ops = f"{row['torch_ops_m_per_cpu_s']:7.0f}" if row["torch_ops_m_per_cpu_s"] else "      -"
+        show(f"{row['out']:>5} x {row['in']:<5} {row['threads']} threads  {row['form']:>8} {row['arithmetic']}  "
+             f"{row['cpu_ms']:7.1f} ms CPU  {row['cpu_times_dense']:5.2f} (clock {row['wall_times_dense']:5.2f}) "
+             f"x dense  {row['snr_db']:5.1f} dB  "
+             f"decode {row['decode_m_per_cpu_s']:7.0f} M/s, torch operations {ops}")  # fmt: skip
+
+
+@app.command()
+def encoder(
+    variant: Annotated[str, typer.Option(help="sam_vit_b, sam_vit_l or sam_vit_h.")] = "sam_vit_b",
+    peers: Annotated[Path | None, typer.Option(help="Python with torchao, onnx and onnxruntime.")] = None,
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Passes of each way, interleaved.")] = 3,
+    folder: Annotated[Path, typer.Option(help="Where checkpoints and artifacts are made.")] = Path("build/benchmarks"),
+) -> None:
+    """The whole image encoder on the CPU: compressed, dense, official, and other projects', in one run."""
+    from benchmarks import encoder as benchmark
+
+    for row in benchmark.run(variant, folder, peers, threads, rounds):
+        times = "  ".join(
+            f"{name.removeprefix('cpu_times_')} x{row[name]:.2f} (clock {row[name.replace('cpu', 'wall', 1)]:.2f})"
+            for name in row if name.startswith("cpu_times_") and row[name] != ""
+        )  # fmt: skip
+        show(f"{row['method']:>24}  {row['wall_s']:6.2f} s, {row['cpu_s']:6.2f} s CPU  {row['weights_mb']:6.1f} MB  "
+             f"cosine {row['cosine']:.6f}  {times}")  # fmt: skip
+
+
 def _print(row: dict[str, Any]) -> None:
     for name, value in row.items():
         show(f"{name:>26}  {value:.4f}" if isinstance(value, float) else f"{name:>26}  {value}")

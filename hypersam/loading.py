@@ -180,8 +180,7 @@ def compressed_model(
             if key in linears and isinstance(given, RESIDENT):
                 return HyperLinear.from_encoded(given, None, stream=stream)
             if key in convolutions and _stays_coded(given):
-                kernel = convolutions[key].kernel_size
-                return HyperConv2d.from_encoded(given, None, kernel, stream=stream)
+                return HyperConv2d.from_encoded(given, None, convolutions[key].kernel_size, stream=stream)
             return _computed(decode(given))
         except (ValueError, KernelArtifactCorrupt) as error:
             raise ArtifactError(f"{key}: {error}") from error

@@ -66,6 +66,11 @@ class Settings(BaseSettings):
     resident_bytes: PositiveInt = Field(4 * GIB, description="what all models in memory may hold together")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N")
     dtype: Literal["float32", "bfloat16"] = Field("float32", description="of the image encoder")
+    resident: Literal["auto", "levels", "stream"] = Field(
+        "auto",
+        description="lattice weights in memory: int8 levels, or the file's entropy-coded bytes, decoded at every use "
+        "(CPU only); auto: levels, unless one model alone would take more than resident_bytes",
+    )
     max_waiting: PositiveInt = Field(64, description="waiting /segment requests before the next gets 503")
     drain_seconds: PositiveInt = Field(30, description="what runs when the service is told to stop has so long to end")
 

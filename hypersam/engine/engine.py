@@ -64,7 +64,9 @@ class Engine:
         self._device_name = resolve_device(settings.device)
         dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
         self._cache = EmbeddingCache(settings.embedding_cache_bytes, settings.embedding_ttl)
-        self._models = ModelPool(self._device_name, dtype, settings.resident_bytes, self._cache.forget)
+        self._models = ModelPool(
+            self._device_name, dtype, settings.resident_bytes, self._cache.forget, settings.resident
+        )
         batch = settings.max_batch or (1 if self._device_name.type == "cpu" else 8)
         self._device = DeviceThread(self._models, self._cache, batch)
         self._embeddings: Flights[Key, Embedding] = Flights()

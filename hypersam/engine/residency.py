@@ -15,7 +15,7 @@ from hypersam.engine.flights import Flight, Flights
 from hypersam.engine.memory import out_of_memory, release
 from hypersam.engine.prompts import ModelFile
 from hypersam.errors import NotACheckpoint, Unavailable, UnknownModel
-from hypersam.loading import load_model
+from hypersam.loading import Residency, load_model
 from hypersam.sam.model import SamModel
 
 log = logging.getLogger(__name__)
@@ -40,8 +40,12 @@ class ModelPool:
     in memory until the requests that use it have ended.
     """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, budget: int, relieve: Callable[[], None]) -> None:
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype, budget: int, relieve: Callable[[], None],
+        resident: Residency = "auto",
+    ) -> None:  # fmt: skip
         self._device, self._dtype, self._budget, self._relieve = device, dtype, budget, relieve
+        self._resident = resident
         self._held: OrderedDict[str, Resident] = OrderedDict()
         self._lock = threading.Lock()
         self._flights: Flights[str, Resident] = Flights()
@@ -89,7 +93,7 @@ class ModelPool:
         if held is not None and held.model.device == _CPU:
             return held
         log.warning("model %s moves to the CPU: the device has no memory for it", file.id)
-        return self._keep(file, load_model(file.path, device=_CPU, dtype=self._dtype))
+        return self._keep(file, self._read(file, _CPU))
 
     def close(self) -> None:
         """Finish the loads that run and let all models go."""
@@ -123,12 +127,15 @@ class ModelPool:
     def _try_load(self, file: ModelFile) -> SamModel | None:
         """The model, or None where the device has no memory for it."""
         try:
-            return load_model(file.path, device=self._device, dtype=self._dtype)
+            return self._read(file, self._device)
         except Exception as error:
             if not out_of_memory(error):
                 raise
             log.warning("no memory to load model %s: %s", file.id, error)
             return None
+
+    def _read(self, file: ModelFile, device: torch.device) -> SamModel:
+        return load_model(file.path, device=device, dtype=self._dtype, resident=self._resident, memory=self._budget)
 
     def _keep(self, file: ModelFile, model: SamModel) -> Resident:
         resident = Resident(file, model, model.resident_bytes())

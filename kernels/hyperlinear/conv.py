@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ class HyperConv2d(nn.Module):
     ``linear``: from the channels and pixels of a patch, channels first, to the output channels.
     """
 
-    def __init__(self, linear: HyperLinear, kernel: tuple[int, int]) -> None:
+    def __init__(self, linear: HyperLinear, kernel: tuple[int, ...]) -> None:
         super().__init__()
         self.linear = linear
         self.kernel = kernel
@@ -31,16 +32,13 @@ class HyperConv2d(nn.Module):
 
     @classmethod
     def from_encoded(
-        cls, encoded: Coded, bias: Tensor | None, kernel: tuple[int, int], *, stream: bool = False
+        cls, encoded: Coded, bias: Tensor | None, kernel: tuple[int, ...], *, stream: bool = False
     ) -> HyperConv2d:
         """For a coded (out, channels, kernel) weight. Raises ValueError where it is not coded by whole rows of a
         matrix, and as ``HyperLinear.from_encoded`` does."""
         out, *rest = encoded.shape
-        columns = 1
-        for size in rest:
-            columns *= size
         # Every coded tensor is a dataclass.
-        matrix: Coded = dataclasses.replace(encoded, shape=(out, columns))  # type: ignore[type-var]
+        matrix: Coded = dataclasses.replace(encoded, shape=(out, math.prod(rest)))  # type: ignore[type-var]
         return cls(HyperLinear.from_encoded(matrix, bias, stream=stream), kernel)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def blockwise(
 def scale_rows(levels: Tensor, scales: Tensor, out: Tensor) -> None:
     """Fill ``out`` (rows, columns), fp32 or bf16, with int8 ``levels`` times fp32 ``scales`` (rows,)."""
     source, factors, target = levels.numpy(), scales.numpy(), array(out)
-    loop = loops.to_bf16 if out.dtype == torch.bfloat16 else loops.to_fp32
+    loop: Callable[..., None] = loops.to_bf16 if out.dtype == torch.bfloat16 else loops.to_fp32
     over_rows(lambda a, b: loop(source[a:b], factors[a:b], target[a:b]), *levels.shape)
 
 
@@ -112,7 +112,8 @@ def gather_rows(indices: Tensor, table: Tensor, out: Tensor) -> None:
     entries are as wide as two of ``out``'s."""
     source, entries = indices.numpy(), table.numpy()
     target = out.view(table.dtype).numpy()
-    loop = {2: loops.gather16, 4: loops.gather32, 8: loops.gather64}[table.element_size()]
+    gathers: dict[int, Callable[..., None]] = {2: loops.gather16, 4: loops.gather32, 8: loops.gather64}
+    loop = gathers[table.element_size()]
     over_rows(lambda a, b: loop(source[a:b], entries, target[a:b]), *indices.shape)
 
 

@@ -90,7 +90,10 @@ def dense(weight: Weight) -> Tensor:
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, *, scratch_bytes: int = SCRATCH_BYTES) -> Tensor:
     """``x`` (…, in) times the transposed weight, plus ``bias``: (…, out) in ``x``'s dtype."""
     out_features, columns = weight.codes.shape[0], weight.columns
-    turned = rotated(x, weight.block, weight.signs)
+    # Either the activations are rotated or the weight's rotation is undone, whichever has fewer rows.
+    undo = x.device.type == "cpu" and x.dtype != torch.float64 and weight.block > 1
+    undo = undo and out_features < x.shape[:-1].numel()
+    turned = x if undo else rotated(x, weight.block, weight.signs)
     extra = weight.values.view(torch.float32)
     if x.device.type != "cpu":
 
@@ -114,6 +117,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, *, scratch_bytes: int
         span = slice(bounds[start // block], bounds[start // block + 1])
         if span.start < span.stop:
             made.view(-1).index_add_(0, weight.index[span] - start * columns, extra[span].to(kind))
+        if undo:
+            made = (made.unflatten(-1, (-1, weight.block)) @ hadamard(weight.block).to(kind)).flatten(-2) * weight.signs
         return made
 
     return blockwise(turned, rows, out_features, block, bias).to(x.dtype)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.codec import LatticeTensor, lattice_numba, rans, rans_numba
@@ -65,7 +66,7 @@ class Stream:
             raise ValueError(f"the levels name {starts[-1, 1]} escapes, but there are {len(parts.escapes)}")
         return made
 
-    def _levels(self, first: int, last: int, out: np.ndarray) -> None:  # type: ignore[type-arg]
+    def _levels(self, first: int, last: int, out: NDArray[np.int8]) -> None:
         starts = self.starts.numpy()[first : last + 1, 0]
         each = rans.segment_rows(self.columns)
         damaged = rans_numba.decode(

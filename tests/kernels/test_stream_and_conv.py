@@ -157,6 +157,16 @@ def test_operands_in_fp32_where_the_cpu_has_no_bf16(monkeypatch: pytest.MonkeyPa
         assert errors[0] < errors[1] < 0.008
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "out_features"), [(200, 50), (50, 50), (50, 200)])
+def test_a_rotation_is_undone_on_either_side(tokens: int, out_features: int, dtype: torch.dtype) -> None:
+    """On the weight where it has fewer rows than there are tokens, else on the activations."""
+    encoded = coded("orbit 4r", out_features, 132)
+    x, bias = torch.randn(tokens, 132).to(dtype), torch.randn(out_features)
+    expected = F.linear(x.double(), decode(encoded).double(), bias.double())
+    assert error(HyperLinear.from_encoded(encoded, bias)(x), expected) <= BOUNDS[dtype]
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 1000])
 def test_rows_are_shared_out_once_each(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)

@@ -227,10 +227,11 @@ class _ConvNorm(nn.Module):
         return weight, bn.bias.to(wide) - bn.running_mean.to(wide) * scale
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(self.c, nn.Conv2d):  # its weight is compressed: there is none to join the norm with
-            normed: Tensor = self.bn(self.c(x))
+        conv: nn.Module = self.c
+        if not isinstance(conv, nn.Conv2d):  # its weight is compressed: there is none to join the norm with
+            normed: Tensor = self.bn(conv(x))
             return normed
-        return _convolved(self.c, x, *self.joined())
+        return _convolved(conv, x, *self.joined())
 
 
 def _convolved(like: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
