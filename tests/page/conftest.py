@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from hypersam.settings import Settings
 from tests.service.running import ROOT, Api
@@ -110,8 +110,16 @@ class Visit:
         found = self.page.eval_on_selector(f"#stage-{panel}", "c => c.toDataURL('image/png')")
         return pixels(base64.b64decode(found.partition(",")[2]))[..., :3].astype(np.int16)
 
-    def figures(self, panel: str = "a") -> str:
-        return self.page.inner_text(f"#panel-{panel} .figures")
+    def shows(self, selector: str, text: str) -> None:
+        """Wait for an element to show a text: the page fills its parts when their answers come, not all at once."""
+        expect(self.page.locator(selector)).to_contain_text(text, timeout=20_000)
+
+    def becomes(self, found: Callable[[], object]) -> None:
+        """Wait for what is found of the page to become true."""
+        deadline = time.monotonic() + 20
+        while not found():
+            assert time.monotonic() < deadline, "not within 20 s"
+            self.page.wait_for_timeout(20)
 
     def close(self) -> None:
         self.context.close()

@@ -89,12 +89,16 @@ def test_clicks_boxes_and_undoing(visit: Open) -> None:
     np.testing.assert_allclose(asked["points"], [ON], atol=0.6)
     assert len(answer["masks"]) == 3
     mask = decoded(answer["masks"][0])
-    assert f"{int(mask.sum()):,} pixels" in v.figures()
-    changed = np.abs(v.canvas() - before).max(axis=2) > 8
-    expected = resized(mask, changed.shape)
-    assert (changed & expected).sum() / (changed | expected).sum() > 0.9
+    v.shows("#panel-a .figures", f"{int(mask.sum()):,} pixels")
+    expected = resized(mask, before.shape[:2])
+
+    def drawn() -> bool:
+        changed = np.abs(v.canvas() - before).max(axis=2) > 8
+        return (changed & expected).sum() / (changed | expected).sum() > 0.9
+
+    v.becomes(drawn)
     v.page.check("input[name=candidate][value='1']", force=True)
-    assert f"{answer['masks'][1]['area']:,} pixels" in v.figures()
+    v.shows("#panel-a .figures", f"{answer['masks'][1]['area']:,} pixels")
 
     asked, second = v.click(100, 100, "right")
     assert asked["point_labels"] == [1, 0]
@@ -106,8 +110,8 @@ def test_clicks_boxes_and_undoing(visit: Open) -> None:
     assert asked["point_labels"] == [1, 0]
     v.page.click("#clear")
     until(v.page, "document.querySelector('#panel-a .figures').textContent === ''")
-    assert v.page.is_disabled("#get-png")
-    np.testing.assert_array_equal(v.canvas(), before)
+    v.becomes(lambda: v.page.is_disabled("#get-png"))
+    v.becomes(lambda: np.array_equal(v.canvas(), before))
 
     boxes: list[list[float]] = []
     v.page.on("request", lambda r: boxes.append(r.post_data_json["box"]) if r.url.endswith("/segment") else None)
@@ -136,13 +140,13 @@ def test_by_keys_alone(visit: Open) -> None:
     v.page.keyboard.press("Shift+ArrowDown")
     asked, answer = v.segmented(lambda: v.page.keyboard.press("Enter"))
     assert asked["points"] == [[143, 129]]
-    assert f"Mask of {answer['masks'][0]['area']:,} pixels" in v.page.inner_text("#said")
+    v.shows("#said", f"Mask of {answer['masks'][0]['area']:,} pixels")
     v.page.keyboard.press("r")
     v.page.keyboard.press("Delete")
     v.page.keyboard.press("Backspace")
     until(v.page, "document.querySelector('#panel-a .figures').textContent === ''")
     v.page.keyboard.press("b")
-    assert "Box begun" in v.page.inner_text("#said")
+    v.shows("#said", "Box begun")
     for key in ("ArrowRight", "ArrowDown", "ArrowDown"):
         v.page.keyboard.press(key)
     asked, _ = v.segmented(lambda: v.page.keyboard.press("b"))
@@ -166,11 +170,11 @@ def test_two_models_side_by_side(visit: Open) -> None:
     expected = coco.iou([rles[0]], [rles[1]], [0])[0, 0]
     assert float(v.page.inner_text("#iou")) == pytest.approx(expected, abs=6e-4)
     assert 0.5 < expected < 1
-    assert "the weights as they were" in v.page.inner_text("#panel-a .facts")
+    v.shows("#panel-a .facts", "the weights as they were")
     v.page.select_option("#model-a", "eight")
     until(v.page, "document.querySelector('#iou').textContent === '1.000'")
     v.page.uncheck("#compare")
-    assert v.page.is_hidden("#panel-b")
+    v.becomes(lambda: v.page.is_hidden("#panel-b"))
 
 
 def test_downloads(visit: Open, tmp_path: Path) -> None:
@@ -213,7 +217,7 @@ def test_compressing_with_progress_to_a_report(visit: Open, service: Api) -> Non
     assert any(stage.startswith("Uploading") for stage in stages)
     assert "Encoding the tensors" in stages
     assert stages[-1] == "Done"
-    assert page.evaluate("document.activeElement.id") == "report-title"
+    until(page, "document.activeElement.id === 'report-title'")
     report = service.http.get("/models/made-here").json()["report"]
     assert report["options"] == {"preset": "5x", "policy": "equal_error", "fidelity": False}
     until(page, f"document.querySelectorAll('#report-body .dot').length === {len(report['tensors'])}")
@@ -222,13 +226,13 @@ def test_compressing_with_progress_to_a_report(visit: Open, service: Api) -> Non
     assert f"{report['sqnr_db']:.1f} dB" in cards
     page.click(".tensors summary")
     until(page, f"document.querySelectorAll('#report-body tbody tr').length === {len(report['tensors'])}")
-    assert "made-here" in page.inner_text("#model-a")
+    v.shows("#model-a", "made-here")
 
     page.select_option("#report-model", "eight")
     page.wait_for_selector(".mean.own")
     found = service.http.get("/models/eight").json()["report"]["fidelity"]["models"]["compressed"]
-    assert f"{found['mask_iou']:.4f}" in page.inner_text("#report-body .cards")
-    assert f"{found['embedding_cosine']:.5f}" in page.inner_text("#report-body .cards")
+    v.shows("#report-body .cards", f"{found['mask_iou']:.4f}")
+    v.shows("#report-body .cards", f"{found['embedding_cosine']:.5f}")
 
 
 def test_cancelling(visit: Open) -> None:
@@ -240,18 +244,18 @@ def test_cancelling(visit: Open) -> None:
     until(page, "document.querySelector('#job-stage').textContent.startsWith('Measuring')", timeout=30_000)
     page.click("#cancel")
     until(page, "document.querySelector('#job-stage').textContent === 'Cancelled'", timeout=30_000)
-    assert page.is_enabled("#start")
+    page.wait_for_selector("#start:enabled")
 
 
 def test_errors_in_plain_words(visit: Open, tmp_path: Path) -> None:
     v = visit(errors=True)
     v.page.set_input_files("#picture", checkpoint_of(tmp_path / "no.png", b"no picture"))
     v.page.wait_for_selector("#problem:not([hidden])")
-    assert "cannot show this file" in v.page.inner_text("#problem")
+    v.shows("#problem", "cannot show this file")
     v.page.set_input_files("#checkpoint", checkpoint_of(tmp_path / "no.pth", b"no checkpoint" * 100))
     v.page.click("#start")
     v.page.wait_for_selector("#job-problem:not([hidden])")
-    assert "This file is no checkpoint" in v.page.inner_text("#job-problem")
+    v.shows("#job-problem", "This file is no checkpoint")
     v.page.set_input_files("#checkpoint", ROOT / "hypersam" / "assets" / "small_sam.pth")
     v.page.fill("#name", "eight")
     v.page.click("#start")
@@ -268,15 +272,15 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, visit: Open, t
     try:
         v = visit(url=guarded.url, errors=True)
         v.page.wait_for_selector("#problem:not([hidden])")
-        assert "API key" in v.page.inner_text("#problem")
-        assert v.page.is_visible("#key")
+        v.shows("#problem", "API key")
+        v.page.wait_for_selector("#key")
         v.page.fill("#key", secret)
         v.page.keyboard.press("Enter")
         v.page.wait_for_selector("#problem", state="hidden")
-        assert "No model yet" in v.page.inner_text("#panel-a .facts")
+        v.shows("#panel-a .facts", "No model yet")
         assert v.page.evaluate("[localStorage.length, document.cookie, sessionStorage.length]") == [0, "", 1]
         v.page.reload()
-        until(v.page, "document.querySelector('#panel-a .facts').textContent.includes('No model')")
+        v.shows("#panel-a .facts", "No model yet")
         v.close()
     finally:
         guarded.stop()
