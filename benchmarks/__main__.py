@@ -80,6 +80,16 @@ def codecs(
 
 
 @app.command()
+def trials() -> None:
+    """Quantisers that were tried for the codec `lattice` and not taken, beside the one that it has."""
+    from benchmarks import trials as benchmark
+
+    for row in benchmark.run():
+        show(f"{row['source']:>12}  {row['way']:20} {row['bits_per_weight']:6.3f} bits  {row['sqnr_db']:6.2f} dB  "
+             f"{row['gain_db']:+5.2f} dB  {row['million_per_cpu_s']:7.1f} M/s")  # fmt: skip
+
+
+@app.command()
 def allocation(checkpoint: Annotated[Path, typer.Option(help="Checkpoint to allocate for.")] = SMALL_SAM) -> None:
     """Masks' agreement with the original's at the same size, by the policy that deals out the bits."""
     from benchmarks import allocation as benchmark
