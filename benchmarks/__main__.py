@@ -90,11 +90,14 @@ def trials() -> None:
 
 
 @app.command()
-def allocation(checkpoint: Annotated[Path, typer.Option(help="Checkpoint to allocate for.")] = SMALL_SAM) -> None:
+def allocation(
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint to allocate for.")] = SMALL_SAM,
+    other_ways: Annotated[bool, typer.Option(help="Other ways to measure sensitivities too.")] = False,
+) -> None:
     """Masks' agreement with the original's at the same size, by the policy that deals out the bits."""
     from benchmarks import allocation as benchmark
 
-    for row in benchmark.run(checkpoint):
+    for row in benchmark.run(checkpoint, other_ways=other_ways):
         _print(row)
         show("")
 

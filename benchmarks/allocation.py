@@ -9,7 +9,7 @@ precision.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -33,8 +33,10 @@ _RECORD_BYTES = 150
 """What a tensor takes in a header, about."""
 
 
-def run(checkpoint: Path, *, ratios: tuple[float, ...] = RATIOS, scenes: int = 32) -> list[dict[str, Any]]:
-    """One row a ratio and policy, and for ``sensitivity`` a row for each way to measure it; written to the results."""
+def run(
+    checkpoint: Path, *, ratios: tuple[float, ...] = RATIOS, scenes: int = 32, other_ways: bool = False
+) -> Iterator[dict[str, Any]]:
+    """One row a ratio and policy; ``other_ways``: and for ``sensitivity`` a row for each other way to measure it."""
     read = read_checkpoint(checkpoint)
     detected = detect(read.tensors)
     network = sharing(detected.described.network, detected.config, read.tensors)
@@ -52,9 +54,10 @@ def run(checkpoint: Path, *, ratios: tuple[float, ...] = RATIOS, scenes: int = 3
         "16 pictures": lambda: measure(network, pictures=16),
         "half the side": lambda: measure(network, side=network.config.image_size // 2),
     }
+    if not other_ways:
+        ways = {"": ways[""]}
     asked: list[tuple[str, str, Curves]] = [(policy, "", halves) for policy in POLICIES if policy != "sensitivity"]
     asked += [("sensitivity", way, _felt(free, found())) for way, found in ways.items()]
-    rows = []
     for ratio in ratios:
         plans = {(policy, way): solve(known, fp32 / ratio - fixed, policy=policy)  # type: ignore[arg-type]
                  for policy, way, known in asked}  # fmt: skip
@@ -65,14 +68,13 @@ def run(checkpoint: Path, *, ratios: tuple[float, ...] = RATIOS, scenes: int = 3
         )  # fmt: skip
         for (policy, way), plan in plans.items():
             found = report.models[f"{policy} {way}"]
-            rows.append({
+            row = {
                 "model": checkpoint.stem, "ratio": fp32 / (plan.total_bytes + fixed), "policy": policy, "measured": way,
                 "mask_iou": found.mask_iou, "margin": found.margin, "worst_tenth": found.worst_tenth,
                 "embedding_cosine": found.embedding_cosine, "sqnr_db": _sqnr(plan, free), "prompts": report.prompts,
-            })  # fmt: skip
-    for row in rows:
-        append("allocation", row)
-    return rows
+            }  # fmt: skip
+            append("allocation", row)
+            yield row
 
 
 def _facts(name: str, tensor: Tensor, *, halved: bool = False) -> TensorFacts:
