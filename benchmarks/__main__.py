@@ -89,33 +89,31 @@ def trials() -> None:
              f"{row['gain_db']:+5.2f} dB  {row['million_per_cpu_s']:7.1f} M/s")  # fmt: skip
 
 
+Objects = Annotated[int, typer.Option(min=10, help="Generated objects to ask for.")]
+
+
 @app.command()
 def allocation(
-    checkpoint: Annotated[Path, typer.Option(help="Checkpoint to allocate for.")] = SMALL_SAM,
-    other_ways: Annotated[bool, typer.Option(help="Other ways to measure sensitivities too.")] = False,
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint to compress.")] = SMALL_SAM, objects: Objects = 1000
 ) -> None:
-    """Masks' agreement with the original's at the same size, by the policy that deals out the bits."""
-    from benchmarks import allocation as benchmark
+    """Masks' agreement with the original's at 8 and 10 times smaller, by the policy that deals out the bits."""
+    from benchmarks import quality as benchmark
 
-    for row in benchmark.run(checkpoint, other_ways=other_ways):
-        _print(row)
-        show("")
+    for row in benchmark.run(checkpoint, objects, goals=benchmark.ALLOCATIONS, table="allocation"):
+        _print_quality(row)
 
 
 @app.command()
 def quality(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint to compress.")] = SMALL_SAM,
-    objects: Annotated[int, typer.Option(min=10, help="Generated objects to ask for.")] = 4000,
+    objects: Objects = 4000,
     peers: Peers = None,
 ) -> None:
     """Masks of the presets, of the published codec and of other projects' weights against the original's."""
     from benchmarks import quality as benchmark
 
     for row in benchmark.run(checkpoint, objects, peers):
-        show(f"{row['method']:>20}  {row['fp32_ratio']:5.2f}x  lost {row['point_lost_points']:6.2f} "
-             f"(at most {row['point_lost_upper95']:5.2f}) / {row['box_lost_points']:6.2f} "
-             f"({row['box_lost_upper95']:5.2f}) points  agreement {row['point_agreement']:.4f} / "
-             f"{row['box_agreement']:.4f}")  # fmt: skip
+        _print_quality(row)
 
 
 @app.command()
@@ -194,6 +192,13 @@ def encoder(
         )  # fmt: skip
         show(f"{row['method']:>24}  {row['wall_s']:6.2f} s, {row['cpu_s']:6.2f} s CPU  {row['weights_mb']:6.1f} MB  "
              f"cosine {row['cosine']:.6f}  {times}")  # fmt: skip
+
+
+def _print_quality(row: dict[str, Any]) -> None:
+    show(f"{row['method']:>20}  {row['fp32_ratio']:5.2f}x  lost {row['point_lost_points']:6.2f} "
+         f"(at most {row['point_lost_upper95']:5.2f}) / {row['box_lost_points']:6.2f} "
+         f"({row['box_lost_upper95']:5.2f}) points  agreement {row['point_agreement']:.4f} / "
+         f"{row['box_agreement']:.4f}")  # fmt: skip
 
 
 def _print(row: dict[str, Any]) -> None:

@@ -20,13 +20,15 @@ from safetensors.torch import load_file, save_file
 
 from benchmarks.codecs import WORKER, matrices
 from benchmarks.record import append
+from hypersam.allocation import POLICIES
 from hypersam.compression import compress
 from hypersam.evaluate import KINDS, best_masks, iou, score
 from hypersam.loading import load_model
 from hypersam.sam.model import SamModel
 from hypersam.scenes import make_scene
 
-GOALS: Mapping[str, tuple[str, dict[str, Any]]] = {
+Goals = Mapping[str, tuple[str, dict[str, Any]]]
+GOALS: Goals = {
     "birkhoff": ("birkhoff", {}),
     "4x": ("lattice", {"preset": "4x"}),
     "5x": ("lattice", {"preset": "5x"}),
@@ -35,15 +37,23 @@ GOALS: Mapping[str, tuple[str, dict[str, Any]]] = {
     "8x orbit": ("orbit", {"preset": "8x"}),
     "10x": ("lattice", {"target_ratio": 10}),
 }
+ALLOCATIONS: Goals = {
+    f"{ratio}x {policy}": ("lattice", {"target_ratio": ratio, "policy": policy})
+    for ratio in (8, 10) for policy in POLICIES
+}  # fmt: skip
+"""The same size by every policy that deals out the bits."""
 
 
-def run(checkpoint: Path, objects: int, peers: Path | None) -> Iterator[dict[str, Any]]:
-    """A row a model: its size, mIoU lost in points with the 95 % bound, and the masks' IoU with the original's."""
+def run(
+    checkpoint: Path, objects: int, peers: Path | None = None, *, goals: Goals = GOALS, table: str = "quality"
+) -> Iterator[dict[str, Any]]:
+    """A row a model: its size, mIoU lost in points with the 95 % bound, and the masks' IoU with the original's.
+    ``table``: the results' name."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         models: dict[str, SamModel] = {}
         facts: dict[str, dict[str, Any]] = {}
-        for label, (codec, options) in GOALS.items():
+        for label, (codec, options) in goals.items():
             target = folder / "model.hsam"
             report = compress(checkpoint, target, codec=codec, options={**options, "fidelity": False})
             models[label] = load_model(target)
@@ -52,7 +62,9 @@ def run(checkpoint: Path, objects: int, peers: Path | None) -> Iterator[dict[str
         if peers is not None:
             for label, model, fact in _others(checkpoint, peers, folder):
                 models[label], facts[label] = model, fact
-        yield from _asked(checkpoint, models, facts, objects)
+        for row in _asked(checkpoint, models, facts, objects):
+            append(table, row)
+            yield row
 
 
 def _others(checkpoint: Path, python: Path, folder: Path) -> Iterator[tuple[str, SamModel, dict[str, Any]]]:
@@ -90,16 +102,19 @@ def _asked(
     while asked < objects:
         scene = make_scene(number)
         number += 1
-        for kind in KINDS if scene.objects else ():
-            reference = best_masks(original, scene, kind)
-            exact = [iou(m, t.mask) for m, t in zip(reference, scene.objects, strict=True)]
-            truth[kind] += exact
-            for label, model in models.items():
-                masks = best_masks(model, scene, kind)
+        if not scene.objects:
+            continue
+        reference = best_masks(original, scene)
+        exact = {k: [iou(m, t.mask) for m, t in zip(reference[k], scene.objects, strict=True)] for k in KINDS}
+        for kind in KINDS:
+            truth[kind] += exact[kind]
+        for label, model in models.items():
+            masks = best_masks(model, scene)
+            for kind in KINDS:
                 lost[label, kind] += [
-                    100 * (e - iou(m, t.mask)) for e, m, t in zip(exact, masks, scene.objects, strict=True)
+                    100 * (e - iou(m, t.mask)) for e, m, t in zip(exact[kind], masks[kind], scene.objects, strict=True)
                 ]
-                agree[label, kind] += [iou(m, r) for m, r in zip(masks, reference, strict=True)]
+                agree[label, kind] += [iou(m, r) for m, r in zip(masks[kind], reference[kind], strict=True)]
         for _ in scene.objects:
             next(shown, None)
         asked += len(scene.objects)
@@ -113,5 +128,4 @@ def _asked(
                 f"{kind}_lost_upper95": difference.mean + difference.margin,
                 f"{kind}_agreement": agreement.mean,
             }
-        append("quality", row)
         yield row

@@ -90,14 +90,17 @@ def prompts_for(thing: SceneObject) -> dict[str, Prompt]:
     }
 
 
-def best_masks(model: SamModel, scene: Scene, kind: str) -> list[NDArray[np.bool_]]:
-    """For every object of a scene the model's mask of highest predicted IoU."""
+def best_masks(model: SamModel, scene: Scene) -> dict[str, list[NDArray[np.bool_]]]:
+    """For every kind of prompt and every object of a scene the model's mask of highest predicted IoU."""
     embedding = model.embed(scene.image)
-    prompts = [prompts_for(thing)[kind] for thing in scene.objects]
-    first: dict[int, NDArray[np.bool_]] = {}
-    for mask in predict(model, embedding, prompts, multimask=True):
-        first.setdefault(mask.prompt, mask.mask)
-    return [first[i] for i in range(len(prompts))]
+    asked = [prompts_for(thing) for thing in scene.objects]
+    best = {}
+    for kind in KINDS:
+        first: dict[int, NDArray[np.bool_]] = {}
+        for mask in predict(model, embedding, [prompts[kind] for prompts in asked], multimask=True):
+            first.setdefault(mask.prompt, mask.mask)
+        best[kind] = [first[i] for i in range(len(asked))]
+    return best
 
 
 def evaluate(
@@ -121,13 +124,13 @@ def evaluate(
         if not scene.objects:
             continue
         asked += len(scene.objects)
+        masks = best_masks(model, scene)
+        theirs = best_masks(against, scene) if against is not None else None
         for kind in KINDS:
-            masks = best_masks(model, scene, kind)
-            found[kind] += [iou(m, t.mask) for m, t in zip(masks, scene.objects, strict=True)]
-            if against is not None:
-                theirs = best_masks(against, scene, kind)
-                other[kind] += [iou(m, t.mask) for m, t in zip(theirs, scene.objects, strict=True)]
-                between[kind] += [iou(m, t) for m, t in zip(masks, theirs, strict=True)]
+            found[kind] += [iou(m, t.mask) for m, t in zip(masks[kind], scene.objects, strict=True)]
+            if theirs is not None:
+                other[kind] += [iou(m, t.mask) for m, t in zip(theirs[kind], scene.objects, strict=True)]
+                between[kind] += [iou(m, t) for m, t in zip(masks[kind], theirs[kind], strict=True)]
         for thing in scene.objects:
             for name in ("partly_hidden", "low_contrast", "thin", "twin"):
                 sorts[name].append(bool(getattr(thing, name)))
