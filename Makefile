@@ -43,8 +43,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: install ## Start everything, compress the small SAM that comes with the project and segment with it
 	$(PY) -m hypersam.demo
 
-test: install ## Run the tests (ARGS="-k name" narrows them)
-	$(PY) -m pytest $(ARGS)
+test: install ## Run the tests, two at a time (ARGS="-k name" narrows them)
+	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
 
 fuzz: install ## Send 5,000 requests of every sort to a running service
 	$(PY) -m tests.fuzz_api 5000
