@@ -53,8 +53,8 @@ def load(
 @app.command()
 def beside_osam(
     python: Annotated[Path, typer.Argument(help="Python of an environment with osam 0.8, fastapi, uvicorn and onnx.")],
-    pictures: Annotated[int, typer.Option(min=8, help="New pictures at each number of clients.")] = 24,
-    again: Annotated[int, typer.Option(min=8, help="Requests on one picture at each number of clients.")] = 24,
+    pictures: Annotated[int, typer.Option(min=8, help="New pictures at each number of clients.")] = 12,
+    again: Annotated[int, typer.Option(min=8, help="Requests on one picture at each number of clients.")] = 12,
     folder: Annotated[Path, typer.Option(help="Where checkpoints and ONNX files are made.")] = Path("build/benchmarks"),
 ) -> None:
     """The same requests to osam's server and to this one: new pictures and the same again, at 1 and 8 clients."""

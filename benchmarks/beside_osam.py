@@ -34,7 +34,7 @@ from hypersam.demo import free_port
 
 VARIANT = "efficient_sam_ti"
 OSAMS = "efficientsam:10m"
-ROUNDS = 1
+ROUNDS = 3
 SIDE = 512
 """Pixels of the pictures sent; both models scale them to their own 1024."""
 PROMPT = {"points": [[SIDE / 2, SIDE / 2]], "point_labels": [1]}
