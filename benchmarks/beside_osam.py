@@ -1,4 +1,4 @@
-"""This service beside osam's own (https://github.com/wkentaro/osam): the same requests to ``POST /api/generate``.
+"""The service beside osam's own (https://github.com/wkentaro/osam): the same requests to ``POST /api/generate``.
 
 Both serve EfficientSAM-Ti with the same random weights, osam as fp32 ONNX files for onnxruntime, this service
 compressed; both are asked in turn, in the same run. Masks of random weights mean nothing, so answers are only counted.
@@ -93,7 +93,7 @@ def _new(model: str) -> Callable[[], bytes]:
 
 @contextlib.contextmanager
 def _osam(python: Path, checkpoint: Path, folder: Path) -> Iterator[tuple[str, int]]:
-    """osam's server, once it answers: where it is, and its process."""
+    """Osam's server, once it answers: where it is, and its process."""
     encoder, decoder = folder / f"{VARIANT}_encoder.onnx", folder / f"{VARIANT}_decoder.onnx"
     if not decoder.exists():
         asked = "import sysconfig; print(sysconfig.get_path('purelib'))"

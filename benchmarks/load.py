@@ -87,8 +87,8 @@ def _rows(checkpoint: Path, seconds: float, new_pictures: int, memory_requests: 
                 if (kind, clients) != ("cached, one picture", 1):  # the same as cached
                     yield _row(kind, served, clients, bare, seconds / ROUNDS, lambda c=clients, r=requests: _for(  # type: ignore[misc]
                         served, c, r, seconds / ROUNDS))  # fmt: skip
+        part = -(-new_pictures // ROUNDS)
         for clients in CLIENTS:
-            part = -(-new_pictures // ROUNDS)
             yield _row("new", served, clients, bare, seconds / ROUNDS, lambda c=clients: _new(served, c, part))  # type: ignore[misc]
         yield _memory(served, memory_requests)
     with service(checkpoint, max_batch="1") as single, service(checkpoint, max_batch=str(BATCH)) as batched:
@@ -102,7 +102,7 @@ def _row(kind: str, served: Served, clients: int, bare: Bare, seconds: float, lo
     health: list[float] = []
     cpu = 0.0
     for _ in range(ROUNDS):
-        alone += bare("new" if kind.startswith("new") else "cached", seconds / 2)
+        alone += bare("new" if kind == "new" else "cached", seconds / 2)
         before = _cpu_ms(process)
         with _watched(served, health):
             driven.add(load())
@@ -134,7 +134,8 @@ def _bare(served: Served) -> Iterator[Bare]:
             [sys.executable, "-m", "benchmarks.bare", str(served.artifact()), file.name],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         asked, told = process.stdin, process.stdout
         told.readline()
 
@@ -151,7 +152,7 @@ def _bare(served: Served) -> Iterator[Bare]:
 
 @contextlib.contextmanager
 def _watched(served: Served, health: list[float]) -> Iterator[None]:
-    """Ask ``/healthz`` fifty times a second meanwhile, from a process of its own: this one is busy being the clients."""
+    """Ask ``/healthz`` fifty times a second meanwhile, in a process of its own: this one is busy being the clients."""
     watching = subprocess.Popen(
         [sys.executable, "-c", _WATCH, served.url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -171,9 +172,7 @@ def _clicks(served: Served, pictures: int) -> list[bytes]:
 
 def _for(served: Served, clients: int, requests: list[bytes], seconds: float) -> Driven:
     until = time.perf_counter() + seconds
-    return drive(
-        served.url, clients, lambda n: requests[n % len(requests)] if time.perf_counter() < until else None
-    )
+    return drive(served.url, clients, lambda n: requests[n % len(requests)] if time.perf_counter() < until else None)
 
 
 def _new(served: Served, clients: int, count: int) -> Driven:
