@@ -1,8 +1,8 @@
 """The parts of segment-anything's networks that the families share.
 
 They are imported without the package's own ``__init__``, which goes on to its predictor, to torchvision and from there
-to PyTorch's compiler: half a second and more of every start. Whoever imports ``segment_anything`` gets the whole package,
-as if nothing had been here; its classes are then others than these, of the same code.
+to PyTorch's compiler: half a second and more of every start. Whoever imports ``segment_anything`` gets the whole
+package, as if nothing had been here; its classes are then others than these, of the same code.
 """
 
 from __future__ import annotations
