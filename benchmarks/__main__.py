@@ -51,6 +51,31 @@ def load(
 
 
 @app.command()
+def beside_osam(
+    python: Annotated[Path, typer.Argument(help="Python of an environment with osam 0.8, fastapi, uvicorn and onnx.")],
+    pictures: Annotated[int, typer.Option(min=8, help="New pictures at each number of clients.")] = 12,
+    again: Annotated[int, typer.Option(min=8, help="Requests on one picture at each number of clients.")] = 12,
+    folder: Annotated[Path, typer.Option(help="Where checkpoints and ONNX files are made.")] = Path("build/benchmarks"),
+) -> None:
+    """The same requests to osam's server and to this one: new pictures and the same again, at 1 and 8 clients."""
+    from benchmarks import beside_osam as benchmark
+
+    for row in benchmark.run(python, folder, pictures, again):
+        show(f"{row['kind']:>29}  {row['clients']} clients  {row['server']:>8}  {row['requests_per_s']:7.2f} a second  "
+             f"p50 {row['p50_ms']:8.1f} ms  p99 {row['p99_ms']:8.1f} ms  {row['rss_mb']:7.1f} MB resident")  # fmt: skip
+
+
+@app.command()
+def table(
+    name: Annotated[str, typer.Argument(help="Of a file in benchmarks/results: load, osam, firstclick.")],
+) -> None:
+    """A benchmark's newest rows as a table in Markdown."""
+    from benchmarks import record
+
+    print(record.markdown(name))
+
+
+@app.command()
 def firstclick(
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint to compress and serve.")] = SMALL_SAM,
     repeats: Annotated[int, typer.Option(min=1, help="Fresh processes of each kind and state.")] = 4,

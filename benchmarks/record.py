@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import math
 import os
 import platform
 import subprocess
@@ -55,3 +56,27 @@ def append(name: str, row: Mapping[str, Any]) -> None:
         if fresh:
             writer.writeheader()
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in full.items()})
+
+
+def markdown(name: str) -> str:
+    """The rows of ``results/NAME.csv`` that have the last one's commit and date, as a table; what all leave empty, and
+    the machine, are left out."""
+    with (RESULTS / f"{name}.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows = [row for row in rows if (row["date"], row["commit"]) == (rows[-1]["date"], rows[-1]["commit"])]
+    columns = [c for c in rows[0] if c not in machine() and any(row[c] for row in rows)]
+    lines = [[c.replace("_", " ") for c in columns], ["---"] * len(columns)]
+    lines += [[_rounded(row[c]) for c in columns] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _rounded(text: str) -> str:
+    """A number with three digits, as far as they are behind the point."""
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    if not math.isfinite(value) or value == int(value):
+        return text
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{digits}f}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from service.multipart import media_type, read_body, read_form
 from service.schemas import PictureBody, PromptBody, SegmentRequest
 
 JSON_OVERHEAD = 4 << 20
+_AT_ONCE = 16 << 10  # bytes of JSON that are read in less time than a thread takes to wake
 _PROMPT_FIELDS = ("points", "point_coords", "point_labels", "labels", "box", "bbox", "mask_input", "prompts")
 SEGMENT_FIELDS = frozenset({"model", "image_id", "multimask", "multimask_output", "format", *_PROMPT_FIELDS})
 _FLAGS = {
@@ -31,6 +33,7 @@ _FLAGS = {
 }  # fmt: skip
 
 Body = TypeVar("Body", bound=BaseModel)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,7 @@ async def read_segment(request: Request, state: State) -> Asked:
         fields = (await read_form(request, {"image": sink}, SEGMENT_FIELDS)).fields
         return await to_thread.run_sync(_of_form, fields, sink.image(), settings, limiter=state.pictures)
     if kind == "application/json":
-        body = await read_json(request, settings)
-        return await to_thread.run_sync(_of_json, body, settings, limiter=state.pictures)
+        return await parsed(_of_json, await read_json(request, settings), state)
     raise UnsupportedMedia("send multipart/form-data or application/json")
 
 
@@ -103,8 +105,7 @@ async def read_fields(request: Request, state: State, schema: type[Body]) -> tup
             values["image"] = ""  # it is here, though not as text
         return validated(schema, values), image
     if kind == "application/json":
-        body = await read_json(request, settings)
-        return await to_thread.run_sync(_fields_of_json, schema, body, settings, limiter=state.pictures)
+        return await parsed(partial(_fields_of_json, schema), await read_json(request, settings), state)
     raise UnsupportedMedia("send multipart/form-data or application/json")
 
 
@@ -115,6 +116,13 @@ async def read_json(request: Request, settings: Settings) -> bytes:
         return await read_body(request, limit)
     except BodyTooLarge as error:
         raise ImageTooLarge(f"the request has more than the {limit} bytes accepted") from error
+
+
+async def parsed(parse: Callable[[bytes, Settings], T], body: bytes, state: State) -> T:
+    """``parse`` of a JSON body: on a thread if it may hold a picture, at once if it is too small for one."""
+    if len(body) <= _AT_ONCE:
+        return parse(body, state.settings)
+    return await to_thread.run_sync(parse, body, state.settings, limiter=state.pictures)
 
 
 def validated(schema: type[Body], values: Mapping[str, Any] | bytes) -> Body:

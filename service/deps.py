@@ -31,8 +31,8 @@ class State:
     pictures: CapacityLimiter  # for the threads that take a picture apart
 
 
-def state_of(request: Request) -> State:
-    """Return the application's state."""
+async def state_of(request: Request) -> State:
+    """Return the application's state. A coroutine, since plain functions are called on a thread, request by request."""
     return cast(State, request.state.hypersam)
 
 

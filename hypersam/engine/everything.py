@@ -12,14 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from segment_anything.utils.amg import batched_mask_to_box, build_point_grid, calculate_stability_score
 from torch import Tensor
-from torchvision.ops import nms
 
 from hypersam.engine.decoding import Decoded
 from hypersam.engine.prompts import Prompt
 from hypersam.images import from_rle, to_rle
 from hypersam.sam.model import Embedding, SamModel
+from hypersam.sam.official import batched_mask_to_box, build_point_grid, calculate_stability_score
 
 _LOGIT_BYTES = 128 << 20
 """Bytes of full-size logits held at once."""
@@ -128,6 +127,8 @@ def suppress(found: Sequence[Found], grid: Grid) -> list[Found]:
     """Of masks whose boxes overlap the one with the highest predicted IoU, best first."""
     if not found:
         return []
+    from torchvision.ops import nms  # here: it takes a second, which a start would wait for
+
     # As the original does, corners are the outermost pixels: a box ends where its last pixel begins.
     boxes = torch.tensor([[x, y, x + max(w - 1, 0), y + max(h - 1, 0)] for x, y, w, h in (f.bbox for f in found)])
     kept: list[int] = nms(boxes.float(), torch.tensor([f.score for f in found]), grid.box_nms_thresh).tolist()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from hypersam.sam.network import Config, SamNetwork
 
@@ -34,12 +35,28 @@ class Family:
 
     def on_meta(self, config: Config) -> SamNetwork:
         """The network without storage."""
-        with torch.device("meta"):
+        with torch.device("meta"), _NoDraws():
             return self.network(config)
 
     def layout(self, config: Config) -> dict[str, torch.Size]:
         """Key to shape of every tensor that the network has."""
         return {key: value.shape for key, value in self.on_meta(config).state_dict().items()}
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves tensors as they are where a network would draw their first values, and gives zeros on the CPU for the
+    tables of positions that it draws: on the meta device PyTorch draws by its compiler's rules, whose import takes a
+    second of every start."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func is torch.randn:
+            return torch.zeros(*args, **{**given, "device": "cpu"})
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else given["tensor"]
+        return func(*args, **given)
 
 
 def linear_weights(model: nn.Module) -> frozenset[str]:

@@ -7,13 +7,41 @@ faster; devices without such a path compute as ever.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from kernels.hyperlinear import cpu, cpu_int8, lattice, orbit, stream
 
 
-@torch.library.custom_op("hypersam::birkhoff_linear", mutates_args=())
+class Operator:
+    """A custom operator that calls its function directly where there is nothing to dispatch: a plain tensor on the
+    CPU, no gradient, no trace. PyTorch's way to the same function takes a tenth of a small model's click, and the first
+    time it imports the compiler, which takes a second.
+    """
+
+    def __init__(self, name: str, function: Callable[..., Tensor], device_types: str | None) -> None:
+        self._function = function
+        self._operator = torch.library.custom_op(name, function, mutates_args=(), device_types=device_types)
+        self.register_kernel = self._operator.register_kernel
+        self.register_fake = self._operator.register_fake
+
+    def __call__(self, x: Tensor, *arguments: Any, **more: Any) -> Tensor:
+        """The product with ``x``."""
+        plain = type(x) is Tensor and x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled())
+        if plain and not torch.compiler.is_compiling():
+            return self._function(x, *arguments, **more)
+        result: Tensor = self._operator(x, *arguments, **more)
+        return result
+
+
+def _operator(name: str, device_types: str | None = None) -> Callable[[Callable[..., Tensor]], Operator]:
+    return lambda function: Operator(name, function, device_types)
+
+
+@_operator("hypersam::birkhoff_linear")
 def birkhoff_linear(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | None, int8: bool = False) -> Tensor:
     """``x`` (…, in) times a compressed weight, plus ``bias``: (…, out) in ``x``'s dtype.
 
@@ -44,7 +72,7 @@ def _birkhoff_fake(x: Tensor, indices: Tensor, pairs: Tensor, bias: Tensor | Non
     return x.new_empty((*x.shape[:-1], indices.shape[0]))
 
 
-@torch.library.custom_op("hypersam::lattice_linear", mutates_args=())
+@_operator("hypersam::lattice_linear")
 def lattice_linear(
     x: Tensor, levels: Tensor, step: float, index: Tensor, values: Tensor, bias: Tensor | None, int8: bool = False
 ) -> Tensor:
@@ -76,7 +104,7 @@ def _lattice_fake(
     return x.new_empty((*x.shape[:-1], levels.shape[0]))
 
 
-@torch.library.custom_op("hypersam::stream_linear", mutates_args=(), device_types="cpu")
+@_operator("hypersam::stream_linear", device_types="cpu")
 def stream_linear(
     x: Tensor, words: Tensor, states: Tensor, classes: Tensor, escapes: Tensor, starts: Tensor, columns: int,
     step: float, beta: int, in_features: int, out_features: int, bias: Tensor | None,
@@ -96,7 +124,7 @@ def _stream_fake(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@torch.library.custom_op("hypersam::orbit_linear", mutates_args=())
+@_operator("hypersam::orbit_linear")
 def orbit_linear(
     x: Tensor, codes: Tensor, bits: int, table: Tensor, scales: Tensor, block: int, signs: Tensor,
     index: Tensor, values: Tensor, bias: Tensor | None, int8: bool = False,

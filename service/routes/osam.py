@@ -16,8 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from hypersam.engine import ModelFile, Prompt, Segmentation
 from hypersam.errors import PromptError
 from hypersam.images import to_png
+from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
-from service.asked import image_of, prompt_of, read_json, validated
+from service.asked import image_of, parsed, prompt_of, read_json, validated
 from service.deps import State, StateDep
 from service.errors import RequestError
 from service.hangup import unless_gone
@@ -84,7 +85,7 @@ async def generate(request: Request, state: StateDep) -> GenerateResponse:
     """Answer osam's clients: the best mask for one prompt."""
     state.engine.check_room()
     body = await read_json(request, state.settings)
-    asked, image = await to_thread.run_sync(_parse, body, state, limiter=state.pictures)
+    asked, image = await parsed(_parse, body, state)
     name = await to_thread.run_sync(_known_as, state.store, asked.model)
     model = await model_file(state, name)
     result = await unless_gone(request, _segment(state, model, asked, image))
@@ -92,11 +93,11 @@ async def generate(request: Request, state: StateDep) -> GenerateResponse:
     return await to_thread.run_sync(_answer, asked.model, result)
 
 
-def _parse(body: bytes, state: State) -> tuple[GenerateRequest, bytes]:
+def _parse(body: bytes, settings: Settings) -> tuple[GenerateRequest, bytes]:
     asked = validated(GenerateRequest, body)
     if asked.image_embedding is not None and asked.image is None:
         raise RequestError("image_embedding: embeddings are remembered here and not taken in; send the image")
-    image = image_of(asked.image, state.settings)
+    image = image_of(asked.image, settings)
     if image is None:
         raise RequestError("image: send it in base64")
     return asked, image

@@ -51,6 +51,8 @@ class Panel {
     this.root.querySelector(".empty").hidden = picture !== null;
     this.canvas.classList.toggle("ready", picture !== null);
     this.stage.show(picture);
+    // On a phone the picture would lie below what was tapped to choose it.
+    if (picture && !this.root.hidden) this.canvas.parentElement.scrollIntoView({ block: "nearest", behavior: "instant" });
   }
 
   /** Have the picture's embedding made, ahead of the first prompt; then answer the prompts there are. */
@@ -90,7 +92,7 @@ class Panel {
     this.#asking = null;
     this.#again = false;
     if (!this.desk.prompted) return this.set([]);
-    if (!imageId) return;
+    if (!imageId) return this.model || this.desk.say("There is no model yet.");
     const control = (this.#asking = new AbortController());
     const began = performance.now();
     try {
@@ -134,8 +136,9 @@ class Panel {
     const found = model?.report.fidelity?.models.compressed;
     const parts = [];
     if (model && isOriginal(model.report)) parts.push(size(model.artifact_bytes), "the weights as they were");
+    else if (!model && this.desk.told) parts.push("No model yet: compress a checkpoint below.");
     else if (model) parts.push(`${times(model.report.ratio)} smaller`, `${fixed(model.report.bits_per_weight, 2)} bits a weight`);
-    if (found && !isOriginal(model.report)) parts.push(`masks ${fixed(100 * found.mask_iou, 1)} % those of the original`);
+    if (found && !isOriginal(model.report)) parts.push(`masks ${fixed(100 * found.mask_iou, 1)}\u00a0% those of the original`);
     this.root.querySelector(".facts").textContent = parts.join(" · ");
   }
 
@@ -150,6 +153,7 @@ export class Desk {
   picture = null;
   blob = null;
   models = [];
+  told = false; // whether the service has said which models there are
   prompts = { points: [], box: null };
   #title = "picture";
   #past = []; // the prompts before each change
@@ -223,13 +227,13 @@ export class Desk {
   setModels(models) {
     const before = this.panels.map((panel) => panel.model?.artifact_sha256);
     this.models = models;
+    this.told = true;
     const options = models.map((model) => [model.id, modelTitle(model)]);
     const first = models.find(({ report }) => !isOriginal(report)) ?? models[0];
     for (const panel of this.panels) fillSelect(panel.select, options, panel.select.value || first?.id);
     $("compare").disabled = models.length < 2;
     if (models.length < 2 && $("compare").checked) $("compare").click();
     this.panels.forEach((panel, k) => (panel.model?.artifact_sha256 === before[k] ? panel.facts() : panel.embed()));
-    if (!models.length) this.panels[0].root.querySelector(".facts").textContent = "No model yet: compress a checkpoint below.";
   }
 
   #compare() {

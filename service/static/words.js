@@ -36,6 +36,7 @@ export function fillSelect(select, options, wanted = select.value) {
   select.replaceChildren(...options.map(([value, text]) => element("option", { value, textContent: text })));
   if (options.some(([value]) => value === wanted)) select.value = wanted;
   select.disabled = options.length === 0;
+  if (select.disabled) select.append(element("option", { value: "", textContent: "none yet" }));
 }
 
 export function save(blob, name) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +53,24 @@ def test_a_configuration_that_lies_is_refused_before_anything_is_built(
     rewrite(path, lambda metadata, header: header["model"]["config"].update(change))
     with pytest.raises(ArtifactError, match="configuration is unusable"):
         hypersam.load(path)
+
+
+_FIRST_MASK = """
+import sys
+import numpy as np
+import hypersam
+predictor = hypersam.load(sys.argv[1])
+predictor.set_image(np.zeros((40, 50, 3), np.uint8))
+predictor.predict(np.array([[20, 20]]), np.array([1]), multimask_output=False)
+print(sorted({"torch._dynamo", "torchvision", "matplotlib"} & set(sys.modules)))
+import segment_anything
+print(len(segment_anything.sam_model_registry), segment_anything.modeling.MaskDecoder.__name__)
+"""
+
+
+def test_the_first_mask_needs_neither_compiler_nor_torchvision(compressed: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "a.hsam"
+    path.write_bytes(compressed)
+    done = subprocess.run([sys.executable, "-c", _FIRST_MASK, path], capture_output=True, text=True, check=False)
+    # And who imports segment-anything then gets all of it.
+    assert done.stdout.splitlines() == ["[]", "4 MaskDecoder"], done.stderr

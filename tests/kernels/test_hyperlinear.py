@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.codec import BirkhoffConfig, BirkhoffTensor, decode, encode
-from kernels.hyperlinear import HyperLinear, birkhoff_linear, cpu, naive
+from kernels.hyperlinear import HyperLinear, cpu, naive
 
 SHAPES = [(1, 10), (3, 7), (5, 4), (17, 33), (64, 64), (65, 130), (100, 255)]
 # Relative RMS and largest error over the largest output, against float64 with the weight in x's dtype.
@@ -126,8 +126,8 @@ def test_meta() -> None:
 def test_operator_is_well_formed() -> None:
     made = layer(20, 13)
     for x in (torch.randn(4, 13), torch.randn(2, 3, 13, dtype=torch.bfloat16)):
-        torch.library.opcheck(birkhoff_linear, (x, made.indices, made.pairs, made.bias))
-        torch.library.opcheck(birkhoff_linear, (x, made.indices, made.pairs, None))
+        torch.library.opcheck(torch.ops.hypersam.birkhoff_linear.default, (x, made.indices, made.pairs, made.bias))
+        torch.library.opcheck(torch.ops.hypersam.birkhoff_linear.default, (x, made.indices, made.pairs, None))
 
 
 def test_compile_in_one_graph() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 from pycocotools import mask as coco
 
 from hypersam.keys import new_key
@@ -280,6 +280,11 @@ def test_a_key_is_asked_for_and_kept_in_the_tab(browser: Browser, visit: Open, t
         v.shows("#panel-a .facts", "No model yet")
         assert v.page.evaluate("[localStorage.length, document.cookie, sessionStorage.length]") == [0, "", 1]
         v.page.reload()
+        v.shows("#panel-a .facts", "No model yet")
+        v.page.set_viewport_size({"width": 320, "height": 640})
+        v.becomes(lambda: v.page.evaluate("document.documentElement.scrollWidth") == 320)
+        v.page.click("[aria-label='Sample picture 1']")
+        expect(v.page.locator("#stage-a")).to_be_in_viewport(ratio=0.9)
         v.shows("#panel-a .facts", "No model yet")
         v.close()
     finally:

@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from segment_anything.modeling import MaskDecoder, PromptEncoder, TwoWayTransformer
 from torch import Tensor
 
 from hypersam.errors import LayoutMismatch
 from hypersam.sam.families.shapes import Shapes
 from hypersam.sam.network import Features, Prompts, SamNetwork
+from hypersam.sam.official import MaskDecoder, PromptEncoder, TwoWayTransformer
 from hypersam.sam.rules import LONGEST_SIDE
 
 HEADS = 8

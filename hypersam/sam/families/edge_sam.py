@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -29,6 +28,7 @@ from hypersam.sam.families.decoder import (
 from hypersam.sam.families.shapes import Shapes, checked
 from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, Prompts, shell
+from hypersam.sam.official import LayerNorm2d
 
 MARK = "image_encoder.features.0.0.c.weight"
 STRIDE = 32

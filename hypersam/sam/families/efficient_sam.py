@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +18,7 @@ from hypersam.sam.families.efficient_sam_decoder import MaskDecoder, PromptEncod
 from hypersam.sam.families.shapes import Shapes, checked
 from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, Prompts, SamNetwork, shell
+from hypersam.sam.official import LayerNorm2d
 from hypersam.sam.rules import EfficientSamRules
 
 MARK = "prompt_encoder.bbox_top_left_embeddings.weight"

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.prompt_encoder import PositionEmbeddingRandom
 from torch import Tensor, nn
 
 from hypersam.sam.families.decoder import HEADS
 from hypersam.sam.network import Prompts
+from hypersam.sam.official import PositionEmbeddingRandom
 
 if TYPE_CHECKING:
     from hypersam.sam.families.efficient_sam import EfficientSamConfig

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling import MaskDecoder, PromptEncoder
-from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +21,7 @@ from hypersam.sam.families.decoder import DecoderConfig, decoder_arguments, resi
 from hypersam.sam.families.shapes import Shapes, checked
 from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, Prompts, SamNetwork, shell
+from hypersam.sam.official import MLP, MaskDecoder, PromptEncoder
 from hypersam.sam.rules import Sam2Rules
 
 _TRUNK = "image_encoder.trunk."

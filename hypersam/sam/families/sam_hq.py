@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from segment_anything.modeling import MaskDecoder
-from segment_anything.modeling.common import LayerNorm2d
-from segment_anything.modeling.mask_decoder import MLP
 from torch import Tensor, nn
 
 from hypersam.errors import LayoutMismatch
@@ -18,6 +15,7 @@ from hypersam.sam.families.sam_vit import MARK, SamViT, SamViTConfig, read_vit
 from hypersam.sam.families.shapes import Shapes
 from hypersam.sam.family import Family
 from hypersam.sam.network import Features, Prompts
+from hypersam.sam.official import MLP, LayerNorm2d, MaskDecoder
 
 HQ_MARK = "mask_decoder.hf_token.weight"
 """The token; what has it is a SAM-HQ of some encoder."""

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-from segment_anything.modeling.common import LayerNorm2d, MLPBlock
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +27,7 @@ from hypersam.sam.families.decoder import (
 from hypersam.sam.families.shapes import Shapes, checked
 from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, cut, shell
+from hypersam.sam.official import LayerNorm2d, MLPBlock
 
 MARK = "image_encoder.patch_embed.proj.weight"
 

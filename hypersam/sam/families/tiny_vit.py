@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from segment_anything.modeling.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,6 +31,7 @@ from hypersam.sam.families.sam_hq import HQ_MARK, HqDecoding, hq_mask_decoder
 from hypersam.sam.families.shapes import Shapes, checked
 from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, shell
+from hypersam.sam.official import LayerNorm2d
 
 TINY_MARK = "image_encoder.patch_embed.seq.0.c.weight"
 _IMAGE_SIZE = 1024
