@@ -137,7 +137,6 @@ def run(spec: JobSpec, job: Job, settings: Settings, connection: Redis) -> dict[
         reporter.fail("internal_error", "the job failed for a reason that is in the worker's log")
         raise
     finally:
-        store.remove_work(job.id)
         if not needed:
             try:
                 board.release(spec)
@@ -152,15 +151,16 @@ def _compress(
     from hypersam.compression import compress  # here, because the worker that waits for jobs never loads torch
 
     source, decoder = _uploads(spec, store)
-    target = store.work_dir(job_id) / "model.hsam"
-    report = compress(
-        source, target, decoder=decoder, file_name=spec.file_name, codec=spec.codec, variant=spec.variant,
-        options=spec.options, device=settings.device, progress=reporter,
-    )  # fmt: skip
-    return store.register(
-        spec.name, target, digest=report.artifact_sha256, request=spec.key, source_sha256=spec.source_sha256,
-        report=report.as_dict(),
-    )  # fmt: skip
+    with store.work_dir(job_id) as folder:
+        target = folder / "model.hsam"
+        report = compress(
+            source, target, decoder=decoder, file_name=spec.file_name, codec=spec.codec, variant=spec.variant,
+            options=spec.options, device=settings.device, progress=reporter,
+        )  # fmt: skip
+        return store.register(
+            spec.name, target, digest=report.artifact_sha256, request=spec.key, source_sha256=spec.source_sha256,
+            report=report.as_dict(),
+        )  # fmt: skip
 
 
 def _plan(spec: JobSpec, settings: Settings, store: ArtifactStore, reporter: JobReporter) -> dict[str, Any]:

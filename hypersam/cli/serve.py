@@ -142,6 +142,7 @@ def _serve(settings: Settings, ready: Callable[[str], None]) -> int:
         stack.enter_context(_signals_end_politely())
         if settings.redis_url is None:
             redis = stack.enter_context(EmbeddedRedis(settings.data_dir))
+            redis.keep()
             settings = settings.model_copy(update={"redis_url": redis.url})
         pool = WorkerPool(settings, settings.workers)
         stack.callback(pool.stop)  # after the API, before Redis
