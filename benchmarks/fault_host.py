@@ -71,7 +71,8 @@ class Host:
             return False
 
         if not until(works):
-            raise SystemExit(f"the service does not come back; see {self.log.name}")
+            said = Path(self.log.name).read_text(errors="replace")[-2000:]
+            raise SystemExit(f"the service does not come back: {self.http.get('/readyz?need=compress').text}\n{said}")
 
     def kill(self) -> None:
         """SIGKILL to the API, which takes its workers and its Redis with it."""
