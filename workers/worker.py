@@ -10,7 +10,9 @@ import signal
 import sys
 import time
 
+import redis
 from rq import Queue
+from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker import SpawnWorker
@@ -62,6 +64,13 @@ class CompressWorker(SpawnWorker):
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
         """Return the seconds of silence after which a job counts as lost."""
         return 3 * int(self.job_monitoring_interval)
+
+    def maintain_heartbeats(self, job: Job, execution: Execution) -> None:
+        """Give a sign of life. While Redis is away the job goes on: it may be back before the job has ended."""
+        try:
+            super().maintain_heartbeats(job, execution)
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            log.warning("no sign of life of job %s could be given: %s", job.id, error)
 
     @property
     def should_run_maintenance_tasks(self) -> bool:

@@ -29,7 +29,8 @@ from workers import lost
 class Bench:
     """A Redis, a store and a board, and workers on request."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, server: EmbeddedRedis) -> None:
+        self.server = server
         self.settings = settings
         self.store = ArtifactStore(settings.data_dir)
         self.redis = connect(settings)
@@ -70,7 +71,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         settings = Settings(
             data_dir=tmp_path / "data", redis_url=server.url, worker_heartbeat=1, device="cpu", max_waiting_jobs=2
         )
-        made = Bench(settings)
+        made = Bench(settings, server)
         with made.stack:
             yield made
         made.redis.close()
@@ -151,6 +152,21 @@ def test_lost_jobs_are_found_whatever_the_dead_left(bench: Bench, checkpoint: by
     assert bench.wait(other.id, final).state is JobState.SUCCEEDED
     done = bench.wait(job.id, final)
     assert (done.state, done.attempt) == (JobState.SUCCEEDED, 2)
+
+
+def test_a_job_goes_on_while_redis_is_away(bench: Bench, checkpoint: bytes) -> None:
+    """For longer than the time between two signs of life."""
+    worker, job = bench.worker(), bench.submit(checkpoint)
+    bench.wait(job.id, started)
+    horse = horse_of(worker)
+    horse.suspend()  # a long job
+    bench.server.stop()
+    time.sleep(2.5)
+    assert worker.process.poll() is None
+    bench.server.start()
+    horse.resume()
+    assert bench.wait(job.id, final).state is JobState.SUCCEEDED
+    assert worker.process.poll() is None
 
 
 def test_a_killed_job_process_is_tried_again_and_then_given_up(bench: Bench, checkpoint: bytes) -> None:
