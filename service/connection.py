@@ -45,6 +45,7 @@ class _Connection(HttpToolsProtocol):
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._in_head = True
+        self._gone = False
         self._idle_bytes = 0  # received since the last that meant anything
         self._head: TimerHandle | None = None
         self._stall: TimerHandle | None = None
@@ -59,6 +60,7 @@ class _Connection(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget all times."""
+        self._gone = True
         for timer in (self._head, self._stall, self._refused):
             if timer is not None:
                 timer.cancel()
@@ -148,7 +150,7 @@ class _Connection(HttpToolsProtocol):
             self._head = self.loop.call_later(self.head_seconds, self._head_late)
 
     def _expect_taken(self) -> None:
-        if self._stall is None:
+        if self._stall is None and not self._gone:
             self._stall = self.loop.call_later(self.stall_seconds, self._taken_late, self._untaken())
 
     def _taken_late(self, before: int) -> None:
