@@ -189,13 +189,13 @@ def faults(
         str, typer.Option(help="worker, redis, upload, download, disk, store or clock; all by default.")
     ] = "",
     kills: Annotated[int, typer.Option(min=2, help="Of workers and jobs' processes.")] = 20,
-    tries: Annotated[int, typer.Option(min=1, help="Of every other fault.")] = 4,
+    tries: Annotated[int, typer.Option(min=1, help="Of every other fault.")] = 3,
     checkpoint: Annotated[Path, typer.Option(help="Checkpoint to compress meanwhile.")] = SMALL_SAM,
 ) -> None:
     """Kill, fill, cut off and set back what the service needs: jobs lost, half-made files seen, seconds to recover."""
     from benchmarks import faults as benchmark
 
-    show(f"{'fault':>26}  tries  lost  partial  failed, told so  seconds to recover: median, worst")
+    show(f"{'fault':>26}  tries  lost  partial  failed  seconds: median  worst")
     bad = 0
     for row in benchmark.run(checkpoint, only, kills, tries):
         if "skipped" in row:
@@ -203,7 +203,7 @@ def faults(
             continue
         bad += row["lost_jobs"] + row["partial_artifacts"]
         show(f"{row['fault']:>26}  {row['tries']:5}  {row['lost_jobs']:4}  {row['partial_artifacts']:7}  "
-             f"{row['failed_honestly']:15}  {row['recover_median_s']:10.1f} {row['recover_worst_s']:5.1f}")  # fmt: skip
+             f"{row['failed_honestly']:6}  {row['recover_median_s']:15.1f}  {row['recover_worst_s']:5.1f}")  # fmt: skip
     raise typer.Exit(1 if bad else 0)
 
 
