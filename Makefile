@@ -60,10 +60,10 @@ check: install ## Lint, formatting, types, import rules, the Dockerfile, and the
 	$(VENV)/bin/hadolint docker/Dockerfile
 	@$(MAKE) --no-print-directory compose
 
-# The plug-in, else the program of its own that it is as well.
+# The plug-in, else the program of its own that it is as well; not Compose 1, which knows another form of the files.
 compose:
 	@if docker compose version >/dev/null 2>&1; then compose="docker compose"; \
-	elif docker-compose version >/dev/null 2>&1; then compose=docker-compose; \
+	elif docker-compose version --short 2>/dev/null | grep -qE '^v?[2-9]'; then compose=docker-compose; \
 	else echo "compose files: not checked, there is no 'docker compose' here"; exit 0; fi; \
 	$$compose --profile metrics --profile objectstore -f docker-compose.yml config --quiet; \
 	$$compose --env-file .env.example -f docker-compose.yml -f docker/compose.cpu.yml config --quiet; \

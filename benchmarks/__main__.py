@@ -219,6 +219,30 @@ def encoder(
              f"cosine {row['cosine']:.6f}  {times}")  # fmt: skip
 
 
+@app.command()
+def faults(
+    only: Annotated[
+        str, typer.Option(help="worker, redis, upload, download, disk, store or clock; all by default.")
+    ] = "",
+    kills: Annotated[int, typer.Option(min=2, help="Of workers and jobs' processes.")] = 20,
+    tries: Annotated[int, typer.Option(min=1, help="Of every other fault.")] = 3,
+    checkpoint: Annotated[Path, typer.Option(help="Checkpoint to compress meanwhile.")] = SMALL_SAM,
+) -> None:
+    """Kill, fill, cut off and set back what the service needs: jobs lost, half-made files seen, seconds to recover."""
+    from benchmarks import faults as benchmark
+
+    show(f"{'fault':>26}  tries  lost  partial  failed  seconds: median  worst")
+    bad = 0
+    for row in benchmark.run(checkpoint, only, kills, tries):
+        if "skipped" in row:
+            show(f"{row['fault']:>26}  skipped: {row['skipped']}")
+            continue
+        bad += row["lost_jobs"] + row["partial_artifacts"]
+        show(f"{row['fault']:>26}  {row['tries']:5}  {row['lost_jobs']:4}  {row['partial_artifacts']:7}  "
+             f"{row['failed_honestly']:6}  {row['recover_median_s']:15.1f}  {row['recover_worst_s']:5.1f}")  # fmt: skip
+    raise typer.Exit(1 if bad else 0)
+
+
 def _print_quality(row: dict[str, Any]) -> None:
     show(f"{row['method']:>20}  {row['fp32_ratio']:5.2f}x  lost {row['point_lost_points']:6.2f} "
          f"(at most {row['point_lost_upper95']:5.2f}) / {row['box_lost_points']:6.2f} "

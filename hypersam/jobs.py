@@ -298,12 +298,12 @@ class JobBoard:
     @staticmethod
     def alive_workers(queue: Queue, settings: Settings, host: str | None = None) -> int:
         """Count as ``workers`` does, without a store; of one host only if its name is given."""
-        oldest = datetime.now(UTC).timestamp() - (3 * settings.worker_heartbeat + 5)
+        now, late = datetime.now(UTC).timestamp(), 3 * settings.worker_heartbeat + 5
         # Not by Worker.all(), which would raise the time-outs of this connection to minutes.
         keys = worker_registration.get_keys(queue=queue)
         rows: list[Any] = [queue.connection.hmget(key, "last_heartbeat", "hostname") for key in keys]
         return sum(
-            utcparse(beat.decode()).timestamp() > oldest and host in (None, (name or b"").decode())
+            abs(now - utcparse(beat.decode()).timestamp()) < late and host in (None, (name or b"").decode())
             for beat, name in rows
             if beat is not None
         )

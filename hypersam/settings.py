@@ -23,6 +23,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 DAY = 24 * 3600
 
+PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 
@@ -73,6 +74,14 @@ class Settings(BaseSettings):
     )
     max_waiting: PositiveInt = Field(64, description="waiting /segment requests before the next gets 503")
     drain_seconds: PositiveInt = Field(30, description="what runs when the service is told to stop has so long to end")
+
+    header_timeout: PositiveFloat = Field(20, description="a request's line and headers must be here within so long")
+    body_timeout: PositiveFloat = Field(60, description="longest silence in the middle of a request's body")
+    body_window: PositiveFloat = Field(60, description="a body's rate is measured over so long")
+    send_timeout: PositiveFloat = Field(60, description="longest time in which an answer that waits is not taken")
+    min_rate: int = Field(
+        4096, ge=0, description="bytes a second that a body must bring, and of an answer that a client must take"
+    )
 
     api_keys: tuple[str, ...] = Field(
         (), description="lines of `hypersam keys new`; none here and no file: all is open"

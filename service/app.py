@@ -25,6 +25,7 @@ from service.readiness import Readiness
 from service.request_ids import RequestIds
 from service.routes import compress, health, jobs, label_studio, models, osam, segment, variants
 from service.schemas import Problem
+from service.slow import BodyPace
 
 PICTURES_AT_ONCE = 2  # being decoded: each may take hundreds of MB, and a core
 _DESCRIPTION = "Compress Segment Anything checkpoints and serve them from their compressed weights."
@@ -74,6 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
             allow_headers=["Authorization", "X-API-Key", "Content-Type", "Last-Event-ID"],
             expose_headers=["Location", "Retry-After", "Server-Timing", "X-Image-Id", "X-Request-Id"],
         )
+    app.add_middleware(BodyPace, settings=settings)
     app.add_middleware(RequestIds)  # around the others: what they log has its id
     for module in (compress, jobs, models, segment, osam, label_studio, variants, health):
         app.include_router(module.router)

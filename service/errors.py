@@ -46,6 +46,12 @@ class BodyTooLarge(RequestError):
     code = "body_too_large"
 
 
+class RequestTooSlow(RequestError):
+    """The request, its head or its body, comes so slowly that it would hold a place here for ever."""
+
+    code = "request_timeout"
+
+
 class NotAcceptable(RequestError):
     """The answer cannot be given in the form that Accept asks for."""
 
@@ -55,6 +61,7 @@ class NotAcceptable(RequestError):
 # The first row that fits decides, so subclasses stand before their bases.
 STATUS: Sequence[tuple[type[BaseException], int]] = (
     (BadMultipart, 400),
+    (RequestTooSlow, 408),
     (NotAcceptable, 406),
     (UnsupportedMedia, 415),
     (BodyTooLarge, 413),
@@ -113,7 +120,7 @@ async def _known(_: Request, error: Exception) -> Response:
     headers: dict[str, str] = {}
     if status == 503:
         headers["Retry-After"] = str(getattr(error, "retry_after", 5))
-    if status == 413:
+    if status in (408, 413):
         headers["Connection"] = "close"  # the rest of the body is not read
     if isinstance(error, redis.RedisError):
         log.warning("redis: %s", error)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import redis
 from redis import Redis
 from rq import get_current_job
 from rq.job import Job
@@ -20,6 +22,7 @@ from hypersam.store import NO_ROOM, ArtifactStore, ModelRecord, open_store
 
 log = logging.getLogger(__name__)
 
+UNTOLD = 1.0  # seconds without a try to report, after Redis was away
 REPORT_EVERY = 0.25  # seconds between two writes of a job's progress
 _STAGES = {
     "reading": (0.0, 0.05), "measuring": (0.05, 0.3), "planning": (0.3, 0.4), "encoding": (0.4, 0.75),
@@ -63,10 +66,15 @@ class JobReporter:
     def __call__(self, progress: ProgressLike) -> None:
         """Take one report. Raises ``JobCancelled``."""
         now = time.monotonic()
-        if progress.stage == self._stage and now - self._last < self._every:
+        if (progress.stage == self._stage or now < self._last) and now - self._last < self._every:
             return
-        if self._cancelled():
-            raise JobCancelled("the job was cancelled")
+        try:
+            if self._cancelled():
+                raise JobCancelled("the job was cancelled")
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            log.warning("the job goes on untold: %s", error)  # Redis may be back before it has ended
+            self._last = time.monotonic() + UNTOLD
+            return
         self._last, self._stage = now, progress.stage
         low, high = _STAGES.get(progress.stage, (self._progress, self._progress))
         share = progress.done / progress.total if progress.total else 1.0
@@ -75,7 +83,8 @@ class JobReporter:
         known = self._progress > 0.07  # before that the rate is not the encoder's
         eta = round(elapsed / self._progress * (1 - self._progress), 1) if known else None
         self._job.meta.update(stage=progress.stage, progress=round(self._progress, 4), eta_s=eta)
-        self.save()
+        with contextlib.suppress(redis.ConnectionError, redis.TimeoutError):
+            self.save()
 
     def fail(self, code: str, message: str) -> None:
         """Note why the job fails. Failures that another try would repeat are not retried."""
@@ -137,7 +146,6 @@ def run(spec: JobSpec, job: Job, settings: Settings, connection: Redis) -> dict[
         reporter.fail("internal_error", "the job failed for a reason that is in the worker's log")
         raise
     finally:
-        store.remove_work(job.id)
         if not needed:
             try:
                 board.release(spec)
@@ -152,15 +160,16 @@ def _compress(
     from hypersam.compression import compress  # here, because the worker that waits for jobs never loads torch
 
     source, decoder = _uploads(spec, store)
-    target = store.work_dir(job_id) / "model.hsam"
-    report = compress(
-        source, target, decoder=decoder, file_name=spec.file_name, codec=spec.codec, variant=spec.variant,
-        options=spec.options, device=settings.device, progress=reporter,
-    )  # fmt: skip
-    return store.register(
-        spec.name, target, digest=report.artifact_sha256, request=spec.key, source_sha256=spec.source_sha256,
-        report=report.as_dict(),
-    )  # fmt: skip
+    with store.work_dir(job_id) as folder:
+        target = folder / "model.hsam"
+        report = compress(
+            source, target, decoder=decoder, file_name=spec.file_name, codec=spec.codec, variant=spec.variant,
+            options=spec.options, device=settings.device, progress=reporter,
+        )  # fmt: skip
+        return store.register(
+            spec.name, target, digest=report.artifact_sha256, request=spec.key, source_sha256=spec.source_sha256,
+            report=report.as_dict(),
+        )  # fmt: skip
 
 
 def _plan(spec: JobSpec, settings: Settings, store: ArtifactStore, reporter: JobReporter) -> dict[str, Any]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import sys
+import time
 
+import redis
 from rq import Queue
+from rq.executions import Execution
 from rq.job import Job
 from rq.serializers import JSONSerializer
 from rq.worker import SpawnWorker
@@ -16,6 +20,7 @@ from rq.worker import SpawnWorker
 from hypersam.jobs import COMPRESS_QUEUE, JobBoard, connect
 from hypersam.settings import Settings
 from hypersam.store import open_store
+from workers.lost import LostJobs
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +36,8 @@ class CompressWorker(SpawnWorker):
     def __init__(self, queues: list[Queue] | list[str], name: str | None = None, **options: object) -> None:
         super().__init__(queues, name, **options)  # type: ignore[arg-type]
         self.environment: dict[str, str] = {}
+        self._lost: LostJobs | None = None
+        self._looked_after = -math.inf
 
     def fork_work_horse(self, job: Job, queue: Queue) -> None:
         """Start the process that runs ``job``."""
@@ -57,6 +64,27 @@ class CompressWorker(SpawnWorker):
     def get_heartbeat_ttl(self, job: Job, working_time: float = 0.0) -> int:
         """Return the seconds of silence after which a job counts as lost."""
         return 3 * int(self.job_monitoring_interval)
+
+    def maintain_heartbeats(self, job: Job, execution: Execution) -> None:
+        """Give a sign of life. While Redis is away the job goes on: it may be back before the job has ended."""
+        try:
+            super().maintain_heartbeats(job, execution)
+        except (redis.ConnectionError, redis.TimeoutError) as error:
+            log.warning("no sign of life of job %s could be given: %s", job.id, error)
+
+    @property
+    def should_run_maintenance_tasks(self) -> bool:
+        """Whether the queue is to be looked after again, whatever the time of day does."""
+        return time.monotonic() - self._looked_after > self.maintenance_interval
+
+    def clean_registries(self) -> None:
+        """Find the jobs that are lost, and do what RQ does besides."""
+        if self._lost is None:
+            self._lost = LostJobs(self.connection, 3 * self.job_monitoring_interval)
+        for queue in self.queues:
+            self._lost.mark(queue)
+        super().clean_registries()  # type: ignore[no-untyped-call]
+        self._looked_after = time.monotonic()
 
 
 def build_worker(settings: Settings) -> CompressWorker:

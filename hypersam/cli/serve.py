@@ -142,6 +142,7 @@ def _serve(settings: Settings, ready: Callable[[str], None]) -> int:
         stack.enter_context(_signals_end_politely())
         if settings.redis_url is None:
             redis = stack.enter_context(EmbeddedRedis(settings.data_dir))
+            redis.keep()
             settings = settings.model_copy(update={"redis_url": redis.url})
         pool = WorkerPool(settings, settings.workers)
         stack.callback(pool.stop)  # after the API, before Redis
@@ -154,11 +155,14 @@ def _serve(settings: Settings, ready: Callable[[str], None]) -> int:
 
 
 def _run_api(settings: Settings, ready: Callable[[str], None]) -> int:
-    from service.app import create_app  # here: the command line must not load the service for other commands
+    # Here: the command line must not load the service for other commands.
+    from service.app import create_app
+    from service.connection import protocol_for
 
     config = uvicorn.Config(
         create_app(settings), host=settings.host, port=settings.port, log_level=settings.log_level,
         access_log=settings.log_level == "debug", timeout_graceful_shutdown=settings.drain_seconds, log_config=None,
+        http=protocol_for(settings), ws="none",
     )  # fmt: skip
     server = _Server(config, ready)
     server.run()

@@ -7,11 +7,11 @@ import fcntl
 import hashlib
 import os
 import time
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from hypersam.errors import StoreUnavailable
+from hypersam.store.held import PART, new_part
 
 GRACE = 60.0  # seconds in which a path that was handed out is sure to be opened
 
@@ -47,9 +47,11 @@ class DiskCache:
             return self._write(name, digest, blocks)
 
     def _write(self, name: str, digest: str, blocks: Iterable[bytes]) -> Path:
-        part, final, found = self.folder / f"{uuid.uuid4().hex}.part", self.folder / name, hashlib.sha256()
+        final, found = self.folder / name, hashlib.sha256()
+        file = new_part(self.folder)
+        part = Path(file.name)
         try:
-            with part.open("xb") as file:
+            with file:
                 for block in blocks:
                     found.update(block)
                     file.write(block)
@@ -74,7 +76,7 @@ class DiskCache:
         for used, size, path in sorted(files):
             if excess <= 0:
                 return
-            if used < time.time() - GRACE and str(path) not in busy and path.suffix != ".part":
+            if used < time.time() - GRACE and str(path) not in busy and path.suffix != PART:
                 path.unlink(missing_ok=True)
                 excess -= size
 

@@ -3,9 +3,10 @@
     data_dir/uploads/<sha256>          checkpoints as sent, named by their content
     data_dir/artifacts/<sha256>.hsam   compressed models, named by their content
     data_dir/models/<name>.json        which artifact a name stands for, and the report of its compression
-    data_dir/work/<job>/               what a running job writes; gone when it ends
+    data_dir/work/<job>.<random>/      what a running job writes; gone when it ends
 
-Every file appears under its final name by one rename, so a reader sees it whole or not at all.
+Every file appears under its final name by one rename, so a reader sees it whole or not at all. What is half made is
+held by its maker (``hypersam.store.held``), so that the next sweep removes what a killed process left, and no more.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hypersam.errors import InvalidName, NameTaken, StoreFull, UnknownModel, UnknownUpload, UploadTooLarge
+from hypersam.store.held import PART, is_held_folder, new_folder, new_part, remove_abandoned
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
-PART = ".part"
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -79,11 +80,11 @@ class UploadWriter:
         self._folder = folder
         self._max_bytes = max_bytes
         self._hash = hashlib.sha256()
-        self.path = folder / f"{uuid.uuid4().hex}{PART}"
         self.bytes = 0
         self.digest = ""
         with room("an upload"):
-            self._file: BinaryIO = self.path.open("xb")
+            self._file: BinaryIO = new_part(folder)
+        self.path = Path(self._file.name)
 
     def write(self, data: bytes | bytearray) -> None:
         """Append ``data``. Raises ``UploadTooLarge`` and ``StoreFull``; the caller then calls ``discard``."""
@@ -104,7 +105,6 @@ class UploadWriter:
         with room("the upload"):
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._file.close()
         self.digest = self._hash.hexdigest()
         return self.digest
 
@@ -115,6 +115,7 @@ class UploadWriter:
         """Give the upload its final name, its digest. An equal upload that is there already stays."""
         final = self._folder / self.digest
         self.path.replace(final)
+        self._file.close()
         return final
 
     def discard(self) -> None:
@@ -167,17 +168,21 @@ class ArtifactStore:
 
     # jobs' scratch space
 
-    def work_dir(self, job_id: str) -> Path:
-        """Return an empty folder for what a job writes while it runs."""
-        path = self.work / check_name(job_id)
-        self.remove_work(job_id)
-        with room("a job"):
-            path.mkdir()
-        return path
+    @contextlib.contextmanager
+    def work_dir(self, job_id: str) -> Iterator[Path]:
+        """Give an empty folder for what a job writes while it runs. What its earlier tries left goes.
 
-    def remove_work(self, job_id: str) -> None:
-        """Delete what a job left."""
-        shutil.rmtree(self.work / check_name(job_id), ignore_errors=True)
+        Each try has a folder of its own: one that was taken for lost may still be running.
+        """
+        for left in self.work.glob(f"{check_name(job_id)}.*"):
+            remove_abandoned(left)
+        with room("a job"):
+            path, held = new_folder(self.work, job_id)
+        try:
+            yield path
+        finally:
+            shutil.rmtree(path, ignore_errors=True)
+            held.close()
 
     # models
 
@@ -250,19 +255,29 @@ class ArtifactStore:
     # upkeep
 
     def sweep(self, max_age: float, keep: Container[str] | None = None) -> None:
-        """Delete uploads, half uploads and jobs' folders that nobody touched for ``max_age`` seconds.
+        """Delete what killed processes left half made, and uploads that nobody touched for ``max_age`` seconds.
 
-        ``keep`` has the sha256 of every upload that is still wanted, whatever its age; None: all of them stay,
-        and only half uploads and jobs' folders go. ``JobBoard.sweep`` knows which are wanted.
+        ``keep`` has the sha256 of every upload that is still wanted, whatever its age; None: all of them stay.
+        ``JobBoard.sweep`` knows which are wanted.
         """
         oldest = time.time() - max_age
         for path in (*self.uploads.iterdir(), *self.work.iterdir()):
-            committed = path.parent == self.uploads and DIGEST.fullmatch(path.name) is not None
-            if committed and (keep is None or path.name in keep):
-                continue
-            with contextlib.suppress(OSError):
-                if path.stat().st_mtime < oldest:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            wanted = keep is None or path.name in keep
+            if (path.parent == self.uploads and path.suffix == PART) or is_held_folder(path):
+                remove_abandoned(path)
+            elif not (DIGEST.fullmatch(path.name) and wanted):
+                with contextlib.suppress(OSError):
+                    if path.stat().st_mtime < oldest:
+                        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._sweep_models(oldest)
+
+    def _sweep_models(self, oldest: float) -> None:
+        with self._exclusive():  # only who has this lock writes registrations, so what is half written is abandoned
+            for part in self.registrations.glob(f".*{PART}"):
+                part.unlink(missing_ok=True)
+            old = {path for path in self.artifacts.glob("*.hsam") if path.stat().st_mtime < oldest}
+            for path in old - {self.artifact(record) for record in self.models()} if old else ():
+                path.unlink(missing_ok=True)
 
     def check(self) -> None:
         """Raise ``OSError`` or ``StoreFull`` unless the folder can be written."""

@@ -29,6 +29,7 @@ from hypersam.errors import InvalidOption, NameTaken, StoreUnavailable, UnknownM
 from hypersam.settings import Settings
 from hypersam.store.cache import DiskCache
 from hypersam.store.disk import DIGEST, NAME, ArtifactStore, ModelRecord, UploadWriter, check_name, room
+from hypersam.store.held import PART, remove_abandoned
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class ObjectUploadWriter(UploadWriter):
     def commit(self) -> Path:
         """See that the upload is there; the copy on this disk goes."""
         self.stage()
-        self.path.unlink(missing_ok=True)
+        self.discard()
         return self.path
 
 
@@ -234,10 +235,6 @@ class ObjectStore(ArtifactStore):
     def sweep(self, max_age: float, keep: Container[str] | None = None) -> None:
         """As on disk; besides, artifacts that no registration has. What cannot be reached is left for next time."""
         super().sweep(max_age, keep)
-        for part in self.artifacts.glob("*.part"):  # of a fetch that was killed
-            with contextlib.suppress(OSError):
-                if part.stat().st_mtime < time.time() - max_age:
-                    part.unlink()
         oldest = datetime.fromtimestamp(time.time() - max_age, UTC)
         try:
             for each in self._listed("uploads/"):
@@ -251,6 +248,10 @@ class ObjectStore(ArtifactStore):
                     self._delete(key)
         except StoreUnavailable as error:
             log.warning("the object store is not swept this time: %s", error)
+
+    def _sweep_models(self, oldest: float) -> None:
+        for part in self.artifacts.glob(f"*{PART}"):  # of a fetch that was killed
+            remove_abandoned(part)
 
     def check(self) -> None:
         """Raise unless the data folder can be written and the object store answers (one HEAD request)."""

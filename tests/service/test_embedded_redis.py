@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import stat
@@ -30,6 +31,29 @@ def test_starts_keeps_its_data_and_ends(tmp_path: Path) -> None:
     assert not psutil.pid_exists(pid)
     with EmbeddedRedis(tmp_path) as server, redis.Redis.from_url(server.url) as client:
         assert client.get("kept") == b"yes"
+
+
+@pytest.mark.parametrize("name", ["data", "a" * 120], ids=["short", "socket elsewhere"])
+def test_a_server_that_is_killed_comes_back_with_its_data(tmp_path: Path, name: str) -> None:
+    with EmbeddedRedis(tmp_path / name) as server, redis.Redis.from_url(server.url) as client:
+        server.keep()
+        for n in range(2):
+            client.set("kept", n)
+            pid = server.pid
+            os.kill(pid, signal.SIGKILL)
+            deadline = time.monotonic() + 20
+            while server.pid == pid or not answers(server):
+                assert time.monotonic() < deadline
+                time.sleep(0.02)
+            assert client.get("kept") == b"%d" % n
+        last = server.pid
+    assert not psutil.pid_exists(last)
+
+
+def answers(server: EmbeddedRedis) -> bool:
+    with contextlib.suppress(redis.RedisError), redis.Redis.from_url(server.url, retry=None) as client:
+        return bool(client.ping())
+    return False
 
 
 def test_a_second_owner_is_told(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,10 +21,10 @@ def store(tmp_path: Path) -> ArtifactStore:
 
 
 def register(store: ArtifactStore, name: str, request: str = "r", digest: str = "d") -> None:
-    path = store.work_dir("job") / "model"
-    path.write_bytes(b"artifact")
-    store.register(name, path, digest=digest, request=request, source_sha256="s", report={"ratio": 2.0})
-    store.remove_work("job")
+    with store.work_dir("job") as folder:
+        path = folder / "model"
+        path.write_bytes(b"artifact")
+        store.register(name, path, digest=digest, request=request, source_sha256="s", report={"ratio": 2.0})
 
 
 def test_an_upload_is_named_by_its_content(store: ArtifactStore) -> None:
@@ -90,17 +92,52 @@ def test_registrations(store: ArtifactStore) -> None:
     assert not list(store.root.rglob("*.part"))
 
 
-def test_sweeping_spares_what_is_young(store: ArtifactStore) -> None:
-    old, young = store.new_upload(10), store.new_upload(10)
-    store.work_dir("oldjob")
-    long_ago = time.time() - 1000
-    os.utime(old.path, (long_ago, long_ago))
-    os.utime(store.work / "oldjob", (long_ago, long_ago))
-    store.sweep(500)
-    assert list(store.uploads.iterdir()) == [young.path]
+LEAVE_HALF_MADE = """
+import os, signal, sys
+from pathlib import Path
+from hypersam.store import ArtifactStore
+store = ArtifactStore(Path(sys.argv[1]))
+upload = store.new_upload(100)
+upload.write(b"half")
+upload.flush()
+with store.work_dir("killed") as folder:
+    (folder / ".model.hsam.part").write_bytes(b"half")
+    with store._exclusive():
+        (store.registrations / ".half.part").write_bytes(b"{")
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_sweeping_takes_what_a_killed_process_left_and_nothing_that_is_being_made(store: ArtifactStore) -> None:
+    """At once, whatever its age: what is half made is told by the lock that its maker holds."""
+    subprocess.run([sys.executable, "-c", LEAVE_HALF_MADE, str(store.root)], check=False)
+    assert len(list(store.root.rglob("*.part"))) == 3
+    upload = store.new_upload(100)
+    upload.write(b"hello")
+    with store.work_dir("job") as folder, store.work_dir("job") as again:
+        assert folder != again  # a try that was taken for lost keeps its folder while it runs
+        long_ago = time.time() - 1000
+        for path in (upload.path, folder):
+            os.utime(path, (long_ago, long_ago))
+        store.sweep(2000)
+        assert list(store.uploads.iterdir()) == [upload.path]
+        assert {path.name for path in store.work.iterdir()} == {folder.name, again.name}
+        assert not list(store.registrations.iterdir())
+        upload.finish()
+        store.sweep(500)
+        assert upload.commit().read_bytes() == b"hello"
     assert not list(store.work.iterdir())
-    old.discard()
-    young.discard()
+
+
+def test_sweeping_takes_an_artifact_that_no_name_stands_for(store: ArtifactStore) -> None:
+    """A worker was killed between the two steps of a registration, and no other try came."""
+    register(store, "kept", digest="kept")
+    for name, age in (("lost", 1000), ("young", 0), ("kept", 1000)):
+        path = store.artifacts / f"{name}.hsam"
+        path.touch()
+        os.utime(path, (time.time() - age,) * 2)
+    store.sweep(500)
+    assert sorted(path.stem for path in store.artifacts.iterdir()) == ["kept", "young"]
 
 
 def committed(store: ArtifactStore, content: bytes, age: float) -> str:

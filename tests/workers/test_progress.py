@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import redis
 
 from hypersam.errors import JobCancelled
 from workers.tasks import JobReporter
@@ -60,3 +61,13 @@ def test_a_failure_is_noted_and_not_tried_again() -> None:
     JobReporter(job, lambda: False).fail("bad_checkpoint", "no")  # type: ignore[arg-type]
     assert job.saved[-1]["error"] == {"code": "bad_checkpoint", "message": "no"}
     assert job.retries_left == 0
+
+
+def test_reports_that_nobody_takes_do_not_stop_the_job() -> None:
+    """A Redis that is away, by a client of it."""
+    nowhere = redis.Redis(unix_socket_path="/nowhere.sock")
+    job = FakeJob()
+    report = JobReporter(job, lambda: bool(nowhere.exists("x")))  # type: ignore[arg-type]
+    for done in range(3):
+        report(Step("encoding", done, 3))
+    assert len(job.saved) == 1

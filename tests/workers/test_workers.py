@@ -23,12 +23,14 @@ from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
 from tests.models import save_checkpoint
 from tests.service.running import WorkerProcess
+from workers import lost
 
 
 class Bench:
     """A Redis, a store and a board, and workers on request."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, server: EmbeddedRedis) -> None:
+        self.server = server
         self.settings = settings
         self.store = ArtifactStore(settings.data_dir)
         self.redis = connect(settings)
@@ -69,7 +71,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
         settings = Settings(
             data_dir=tmp_path / "data", redis_url=server.url, worker_heartbeat=1, device="cpu", max_waiting_jobs=2
         )
-        made = Bench(settings)
+        made = Bench(settings, server)
         with made.stack:
             yield made
         made.redis.close()
@@ -112,6 +114,59 @@ def test_a_killed_workers_job_is_done_by_another(bench: Bench, checkpoint: bytes
     assert bench.store.model("m").request == job.id
     assert not list(bench.store.work.iterdir())
     assert not list(bench.store.uploads.iterdir())  # no longer needed
+
+
+def test_a_clock_that_jumps_forward_takes_no_job_for_lost(bench: Bench, checkpoint: bytes) -> None:
+    """What RQ has noted for the running job is long past then, and an idle worker looks every second."""
+    bench.worker()
+    bench.worker()
+    job = bench.submit(checkpoint)
+    bench.wait(job.id, lambda view: view.state is JobState.RUNNING)
+    registry = bench.board.queue.started_job_registry
+    while not bench.board.get(job.id).state.final:
+        for entry in bench.redis.zrange(registry.key, 0, -1):
+            bench.redis.zadd(registry.key, {entry: 1.0}, xx=True)
+        time.sleep(0.1)
+    done = bench.board.get(job.id)
+    assert (done.state, done.attempt) == (JobState.SUCCEEDED, 1)
+
+
+def test_lost_jobs_are_found_whatever_the_dead_left(bench: Bench, checkpoint: bytes) -> None:
+    """Its clock was an hour ahead, it died with the lock on the queue's upkeep, and had just taken another job."""
+    first, job = bench.worker(), bench.submit(checkpoint, "a")
+    bench.wait(job.id, started)
+    first.process.send_signal(signal.SIGKILL)
+    first.process.wait()
+    queue = bench.board.queue
+    [entry] = bench.redis.zrange(queue.started_job_registry.key, 0, -1)
+    bench.redis.zadd(queue.started_job_registry.key, {entry: time.time() + 3600})
+    bench.redis.set(queue.registry_cleaning_key, 1, ex=899)
+    other = bench.submit(checkpoint, "b")
+    assert bench.redis.lmove(queue.key, queue.intermediate_queue.key, "LEFT", "RIGHT") == other.id.encode()
+    bench.worker()
+    deadline = time.monotonic() + 10
+    while bench.redis.ttl(queue.registry_cleaning_key) > lost.LOCK_SECONDS:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    bench.redis.delete(queue.registry_cleaning_key)  # not to wait that long here
+    assert bench.wait(other.id, final).state is JobState.SUCCEEDED
+    done = bench.wait(job.id, final)
+    assert (done.state, done.attempt) == (JobState.SUCCEEDED, 2)
+
+
+def test_a_job_goes_on_while_redis_is_away(bench: Bench, checkpoint: bytes) -> None:
+    """For longer than the time between two signs of life."""
+    worker, job = bench.worker(), bench.submit(checkpoint)
+    bench.wait(job.id, started)
+    horse = horse_of(worker)
+    horse.suspend()  # a long job
+    bench.server.stop()
+    time.sleep(2.5)
+    assert worker.process.poll() is None
+    bench.server.start()
+    horse.resume()
+    assert bench.wait(job.id, final).state is JobState.SUCCEEDED
+    assert worker.process.poll() is None
 
 
 def test_a_killed_job_process_is_tried_again_and_then_given_up(bench: Bench, checkpoint: bytes) -> None:
