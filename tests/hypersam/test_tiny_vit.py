@@ -140,13 +140,22 @@ def test_tiny_sam_has_three_masks_whatever_is_asked() -> None:
     network = SamTinyViT(TINY)
     network.load_state_dict(random_sam.spread(SamTinyViT, TINY, seed=2))
     small = network.eval().reduced(128)
-    image = np.zeros((50, 40, 3), np.uint8)
-    for variant, count in (("mobile_sam", 1), ("tiny_sam", 3)):
+    image = np.random.default_rng(4).integers(0, 256, (50, 40, 3), np.uint8)
+    answers = {}
+    for variant in ("mobile_sam", "tiny_sam"):
         model = hypersam.sam.model.SamModel(small, variant=variant, device=torch.device("cpu"), dtype=torch.float32)
         predictor = SamPredictor(model)
         predictor.set_image(image)
-        masks, _, _ = predictor.predict(box=np.array([3.0, 4.0, 30.0, 40.0]), multimask_output=False)
-        assert len(masks) == count
+        for multimask in (True, False):
+            answers[variant, multimask] = predictor.predict(
+                box=np.array([3.0, 4.0, 30.0, 40.0]), multimask_output=multimask, return_logits=True
+            )
+    assert len(answers["mobile_sam", False][0]) == 1
+    for multimask in (True, False):
+        # On the same weights they are MobileSAM's three.
+        for got, want in zip(answers["tiny_sam", multimask], answers["mobile_sam", True], strict=True):
+            np.testing.assert_array_equal(got, want)
+    assert len(answers["tiny_sam", False][0]) == 3
 
 
 def test_an_hq_without_global_attention_is_refused() -> None:
