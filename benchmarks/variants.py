@@ -39,7 +39,7 @@ GOALS = tuple((codec, preset) for codec in CODECS for preset in (PRESETS if code
 """``birkhoff`` knows no presets."""
 SLOW = (("orbit", "4x"), ("orbit", "5x"))
 """Trellises of 5 and 6 bits, whose search is the slowest of all, at sizes where ``lattice`` is the more exact: left out
-of networks of over ``LARGE`` parameters unless they are asked for."""
+of networks of over ``LARGE`` parameters unless they are asked for by name."""
 LARGE = 150_000_000
 FIGURES = ("mb", "ratio", "bits", "sqnr_db", "seconds", "cosine", "mask_iou")
 """Of every goal; a column is GOAL_FIGURE."""
@@ -63,24 +63,31 @@ def run(
     """A row a variant, each written as soon as it is measured.
 
     ``names``: variants, none for all. ``goals``: as ``goal_name`` has them, none for all but ``SLOW`` ones; what was
-    not asked for is left empty. A variant that has a row of this commit already is passed over, unless ``again``.
-    Raises KeyError for a variant that has no random weights.
+    not asked for is left empty. What has been measured at this commit already is passed over, unless ``again``, so that
+    a run that was broken off goes on. Raises KeyError for a variant that has no random weights.
     """
     if unknown := sorted(set(goals) - {goal_name(*goal) for goal in GOALS}):
         raise KeyError(f"unknown goals: {', '.join(unknown)}")
     asked = _asked(pictures)
     here = machine()["commit"]
-    held = {} if again or here.endswith("+") else {row["variant"]: row for row in rows() if row["commit"] == here}
-    made: dict[str, dict[str, Any]] = {}
+    known = {} if again or here.endswith("+") else {row["variant"]: row for row in rows(here)}
+    made: dict[tuple[str, ...], dict[str, Any]] = {}
     for name in names or [row.id for row in VARIANTS]:
-        if name in held:
-            continue
         layout = random_sam.LAYOUT_OF[name]
-        if layout not in made:
-            made[layout] = _measured(name, goals, asked, folder)
-        row = {**made[layout], "variant": name}
+        held = known.get(name, {})
+        wanted = tuple(goal for goal in goals or _usual(layout) if not held.get(f"{goal}_mb"))
+        if not wanted:
+            continue
+        if (layout, *wanted) not in made:
+            made[layout, *wanted] = _measured(name, wanted, asked, folder)
+        row = {**made[layout, *wanted], "variant": name}
         append("variants", row)
         yield row
+
+
+def _usual(layout: str) -> list[str]:
+    large = sum(tensor.numel() for tensor in random_sam.layout(layout).values()) > LARGE
+    return [goal_name(*goal) for goal in GOALS if not (large and goal in SLOW)]
 
 
 def goal_name(codec: str, preset: str | None) -> str:
@@ -88,13 +95,16 @@ def goal_name(codec: str, preset: str | None) -> str:
     return f"{codec}_{preset}" if preset else codec
 
 
-def rows() -> list[dict[str, str]]:
-    """The newest row of every variant, in the registry's order."""
+def rows(commit: str | None = None) -> list[dict[str, str]]:
+    """What was measured of every variant last, goal by goal, in the registry's order; of one commit, or of any."""
     path = RESULTS / "variants.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        found = {row["variant"]: row for row in csv.DictReader(file)}
+    found: dict[str, dict[str, str]] = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if commit in (None, row["commit"]):
+                    earlier = found.get(row["variant"], {})
+                    found[row["variant"]] = {name: value or earlier.get(name, "") for name, value in row.items()}
     return [found[row.id] for row in VARIANTS if row.id in found]
 
 
@@ -144,7 +154,7 @@ def _measured(name: str, goals: Sequence[str], asked: Sequence[_Asked], folder: 
     for codec, preset in GOALS:
         goal = goal_name(codec, preset)
         figures: dict[str, Any] = dict.fromkeys(FIGURES)
-        if goal in goals or (not goals and not (parameters > LARGE and (codec, preset) in SLOW)):
+        if goal in goals:
             target = folder / f"{name}_{goal}.hsam"
             options = {"fidelity": False} | ({"preset": preset} if preset else {})
             report = compress(

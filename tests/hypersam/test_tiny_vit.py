@@ -94,6 +94,24 @@ def test_a_checkpoint_is_compressed_and_segments(
             assert np.linalg.norm(ours - theirs) < 1e-3 * np.linalg.norm(theirs)
 
 
+def test_half_precision_and_counters_come_back_as_they_were(tmp_path: Path) -> None:
+    state = random_sam.spread(SamTinyViT, TINY, seed=5) | {"image_encoder.head.weight": torch.randn(9, 64)}
+    halves = {key: t.half() if t.is_floating_point() else t for key, t in state.items()}
+    torch.save({"state_dict": {f"module.{key}": t for key, t in halves.items()}}, tmp_path / "half.pth")
+    options = {"policy": "equal_error", "fidelity": False}
+    hypersam.compress(tmp_path / "half.pth", tmp_path / "half.hsam", options=options)
+    run_decompress(tmp_path / "half.hsam", tmp_path / "back.safetensors", as_json=False)
+    back = read_checkpoint(tmp_path / "back.safetensors").tensors
+    assert {k: (t.shape, t.dtype) for k, t in back.items()} == {k: (t.shape, t.dtype) for k, t in halves.items()}
+    assert {torch.float16, torch.int64} == {t.dtype for t in back.values()}
+    for key, tensor in halves.items():
+        if tensor.dtype == torch.int64:
+            assert torch.equal(back[key], tensor)
+        else:
+            error = torch.linalg.vector_norm(back[key].double() - tensor.double())
+            assert error <= 0.3 * torch.linalg.vector_norm(tensor.double())
+
+
 def test_attention_is_softmax_of_scores_and_biases_by_distance() -> None:
     torch.manual_seed(0)
     attention = _Attention(12, 3, 5).double().eval()
