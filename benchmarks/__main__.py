@@ -120,7 +120,7 @@ def variants(
 
     folder.mkdir(parents=True, exist_ok=True)
     for row in benchmark.run(names or [], goal or [], pictures, folder, again=again):
-        show(f"{row['variant']:>20}  {row['file_mb']:9.2f} MB, sensitivities {row['measuring_s'] or 0:.1f} s")
+        show(f"{row['variant']:>20}  {row['file_mb']:9.2f} MB, sensitivities of a picture {row['measuring_s']:.1f} s")
         for name in (benchmark.goal_name(*each) for each in benchmark.GOALS):
             if row[f"{name}_mb"] is not None:
                 figures = {k: row[f"{name}_{k}"] for k in benchmark.FIGURES}
