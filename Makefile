@@ -6,12 +6,13 @@ SHELL := /bin/bash
 VENV  := .venv
 PY    := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+ORACLES := .oracles
 # The interpreter that makes the environment: `make install PYTHON=python3.12`. Empty: the newest that fits.
 PYTHON ?=
 # Passed on to pytest: `make test ARGS="-k birkhoff"`.
 ARGS ?=
 
-.PHONY: help install demo test fuzz audit check format types imports compose docker-lint docker-walk constraints clean distclean
+.PHONY: help install demo test oracles test-oracles fuzz audit check format types imports compose docker-lint docker-walk constraints clean distclean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -45,6 +46,16 @@ demo: install ## Start everything, compress the small SAM that comes with the pr
 
 test: install ## Run the tests, two at a time (ARGS="-k name" narrows them)
 	$(PY) -m pytest -n 2 --dist worksteal $(ARGS)
+
+# An environment of its own over .venv's, whose versions stay as they are.
+oracles: install ## Make .oracles, where the official networks are that ours are held against
+	$(PY) -m venv --clear --without-pip $(ORACLES)
+	$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> "$$($(ORACLES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment.pth"
+	$(PY) -m pip --python $(ORACLES)/bin/python install --quiet --disable-pip-version-check --no-deps -r tests/oracles/requirements.txt
+
+test-oracles: ## Run the tests of tests/oracles in .oracles; there none is skipped for a missing package
+	REQUIRE_ORACLES=1 $(ORACLES)/bin/python -m pytest tests/oracles $(ARGS)
 
 fuzz: install ## Send 5,000 requests of every sort to a running service
 	$(PY) -m tests.fuzz_api 5000
@@ -97,4 +108,4 @@ clean: ## Remove caches and build outputs (the environment stays)
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean ## Remove the environment too
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ORACLES)

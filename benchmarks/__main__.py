@@ -148,18 +148,32 @@ def variants(
     ] = None,
     goal: Annotated[list[str] | None, typer.Option(help="Such as lattice_5x or birkhoff; all by default.")] = None,
     pictures: Annotated[int, typer.Option(min=1, max=4, help="Carried pictures to segment.")] = 4,
+    again: Annotated[bool, typer.Option(help="Measure what has a row of this commit too.")] = False,
     folder: Annotated[Path, typer.Option(help="Where checkpoints and artifacts are made.")] = Path("build/benchmarks"),
 ) -> None:
     """Size, ratio, bits, SQNR, time and agreement of every variant (random weights) with each codec and preset."""
     from benchmarks import variants as benchmark
 
     folder.mkdir(parents=True, exist_ok=True)
-    for row in benchmark.run(names or [], goal or [], pictures, folder):
-        show(f"{row['variant']:>20}  {row['file_mb']:9.2f} MB")
+    for row in benchmark.run(names or [], goal or [], pictures, folder, again=again):
+        show(f"{row['variant']:>20}  {row['file_mb']:9.2f} MB, sensitivities of a picture {row['measuring_s']:.1f} s")
         for name in (benchmark.goal_name(*each) for each in benchmark.GOALS):
             if row[f"{name}_mb"] is not None:
                 figures = {k: row[f"{name}_{k}"] for k in benchmark.FIGURES}
                 show(f"{name:>20}  " + "  ".join(f"{k} {v:.4g}" for k, v in figures.items()))
+
+
+@app.command()
+def variants_table(
+    figure: Annotated[
+        list[str] | None, typer.Option(help="mb, ratio, bits, sqnr_db, seconds, cosine, mask_iou.")
+    ] = None,
+) -> None:
+    """Print what `variants` measured last as Markdown, a table a figure."""
+    from benchmarks import variants as benchmark
+
+    for line in benchmark.table(figure or benchmark.FIGURES):
+        print(line)
 
 
 @app.command()
@@ -241,6 +255,34 @@ def faults(
         show(f"{row['fault']:>26}  {row['tries']:5}  {row['lost_jobs']:4}  {row['partial_artifacts']:7}  "
              f"{row['failed_honestly']:6}  {row['recover_median_s']:15.1f}  {row['recover_worst_s']:5.1f}")  # fmt: skip
     raise typer.Exit(1 if bad else 0)
+
+
+@app.command()
+def families(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Variants with an official implementation; one a family by default.")
+    ] = None,
+    oracles: Annotated[Path, typer.Option(help="Python with the official packages: make oracles.")] = Path(
+        ".oracles/bin/python"
+    ),
+    threads: Annotated[int, typer.Option(min=1)] = 2,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each way, interleaved.")] = 3,
+    folder: Annotated[Path, typer.Option(help="Where checkpoints and artifacts are made.")] = Path("build/benchmarks"),
+) -> None:
+    """Encoder and decoder of every family beside its official implementation: dense, in bf16, compressed."""
+    from benchmarks import families as benchmark
+
+    for row in benchmark.run(names or [], folder, oracles.absolute(), threads, rounds):
+        if isinstance(row, str):
+            show(row)
+            continue
+        times = "  ".join(
+            f"{part} {row[f'{part}_wall_s']:6.3f} s, {row[f'{part}_cpu_s']:6.3f} s CPU, official takes "
+            f"x{row[f'{part}_wall_times_official']:.2f} (CPU {row[f'{part}_cpu_times_official']:.2f})"
+            for part in ("encoder", "decoder")
+        )
+        show(f"{row['variant']:>18} {row['method']:>16}  {row['weights_mb']:7.1f} MB  {times}  "
+             f"cosine {row['embedding_cosine']:.6f}  logits {row['logits_error']:.1e}")  # fmt: skip
 
 
 def _print_quality(row: dict[str, Any]) -> None:

@@ -1,20 +1,19 @@
 """One way of running SAM's image encoder, in a process of its own: ``encoder`` tells it when.
 
-Every line on standard input makes one pass; the answer is a line of JSON. Runs under the Python of other projects too.
+Runs under the Python of other projects too.
 """
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+
+from benchmarks.turns import clocked, serve
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 SIDE = 1024
@@ -83,17 +82,13 @@ def main() -> None:
     with torch.inference_mode():
         embedding = run(x)
         np.save(folder / f"{method.replace(' ', '_')}.npy", embedding.numpy())
-        _say({"weights_mb": held / 1e6})
-        for _ in sys.stdin:
-            wall, cpu = time.perf_counter(), time.process_time()
-            run(x)
-            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+
+        def turn() -> dict[str, float]:
+            wall, cpu = clocked(lambda: run(x))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            _say({"wall": wall, "cpu": cpu, "peak_mb": peak})
+            return {"wall": wall, "cpu": cpu, "peak_mb": peak}
 
-
-def _say(answer: dict[str, Any]) -> None:
-    print("answer " + json.dumps(answer), flush=True)
+        serve({"weights_mb": held / 1e6}, turn)
 
 
 if __name__ == "__main__":

@@ -74,11 +74,12 @@ def _drawn(key: str, like: Tensor, draw: torch.Generator) -> Tensor:
     if len(shape) >= 2 and not key.endswith(_TABLES):
         rows = shape[0]
         fan_in = math.prod(shape[1:])
-        # t with five degrees of freedom, as a Gaussian over the root of a mean of five squared ones.
+        # t with five degrees of freedom, as a Gaussian over the root of a mean of five squared ones, four of which
+        # together are -2 log of a product of two evenly distributed numbers.
         weight = torch.randn(rows, fan_in, generator=draw)
-        chi = torch.zeros(rows, fan_in)
-        for _ in range(5):
-            chi += torch.randn(rows, fan_in, generator=draw).square_()
+        chi = torch.randn(rows, fan_in, generator=draw).square_()
+        for _ in range(2):
+            chi -= 2 * torch.rand(rows, fan_in, generator=draw).clamp_(min=1e-12).log_()
         weight /= (chi / 5).sqrt_()
         scale = torch.exp(0.3 * torch.randn(rows, 1, generator=draw)) * 0.7 / math.sqrt(max(fan_in, 2))
         return (weight * scale * math.sqrt(3 / 5)).reshape(shape)

@@ -117,6 +117,7 @@ def compress(
     variant: str | None = None,
     options: Mapping[str, Any] | None = None,
     device: str | torch.device = "auto",
+    sensitivities: Mapping[str, float] | None = None,
     progress: ProgressCallback | None = None,
 ) -> CompressReport:
     """Compress the checkpoint ``source`` into the artifact ``target``.
@@ -124,7 +125,8 @@ def compress(
     ``decoder``: the second file of a model that is published as two, see ``read_checkpoint``. ``file_name``: what the
     source is called where its path does not say; a name decides between variants that nothing else tells apart.
     ``options``: see ``hypersam.options``: for ``lattice`` and ``orbit`` one of ``preset``, ``target_ratio``,
-    ``target_mb`` and ``max_error``, besides ``policy`` and ``fidelity``. The artifact appears under its name only
+    ``target_mb`` and ``max_error``, besides ``policy`` and ``fidelity``. ``sensitivities``: of an earlier report of the
+    same checkpoint, which saves measuring them again. The artifact appears under its name only
     when it is whole and its checksums are verified. ``progress`` may raise to stop; nothing is left behind then.
     Raises CheckpointError, InvalidOption and TargetUnreachable.
     """
@@ -136,7 +138,7 @@ def compress(
         if file.exists() and target.exists() and target.samefile(file):
             raise InvalidOption(f"the artifact would replace its source {file.name}; give it another name")
     job = _open(given, checked, codec, variant, device, progress)
-    moves = _sensitivities(job)
+    moves = _sensitivities(job, sensitivities)
     budget, reserve = job.goal.budget(fp32_bytes(job.tensors.values())), 0
     for _ in range(_ROUNDS):
         found = _encode(job, moves, reserve)
@@ -257,11 +259,13 @@ def _open(
     return job
 
 
-def _sensitivities(job: _Job) -> dict[str, float]:
+def _sensitivities(job: _Job, known: Mapping[str, float] | None = None) -> dict[str, float]:
     """Of every parameter, where they decide about anything; else none."""
     goal = job.goal
     if goal.config is not None or goal.max_error is not None or goal.policy != "sensitivity":
         return {}
+    if known is not None:
+        return dict(known)
     with job.stage("measuring"):
         model = dense_model(job.tensors, job.detected, device=job.device)
         moves = sensitivity.measure(model, progress=lambda n, of: job.tell(Progress("measuring", n, of)))

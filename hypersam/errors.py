@@ -120,6 +120,12 @@ class PromptError(HypersamError):
         """Where in the request the fault lies, such as ``prompts.0.box``."""
 
 
+class UnsupportedPrompt(PromptError):
+    """A prompt that fits the picture, but that the model's family cannot be asked."""
+
+    code = "unsupported_prompt"
+
+
 class UnknownModel(HypersamError):
     """No compressed model has that name."""
 

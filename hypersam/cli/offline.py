@@ -17,7 +17,7 @@ from rich.table import Table
 from hypersam import compression
 from hypersam.checkpoint import read_checkpoint, sha256_of
 from hypersam.cli.main import print_json
-from hypersam.engine import Prompt, check_prompts, predict
+from hypersam.engine import Prompt, check_prompts, check_suits, predict
 from hypersam.errors import InvalidOption, NotACheckpoint, PromptError, artifact_errors
 from hypersam.images import decode_image
 from hypersam.loading import is_artifact, load_model
@@ -192,6 +192,7 @@ def run_segment(
     image = decode_image(_existing(image_file).read_bytes())
     check_prompts([prompt], image.shape[1], image.shape[0])
     model = load_model(_existing(model_file), device=device)
+    check_suits([prompt], model)
     masks = predict(model, model.embed(image), [prompt], multimask=multimask)
     best = masks[0]
     if out is not None:

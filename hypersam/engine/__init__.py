@@ -8,9 +8,18 @@ one thread that runs networks (``device``); full-size masks are made on a thread
 from hypersam.engine.decoding import predict
 from hypersam.engine.engine import Engine, Picture
 from hypersam.engine.everything import Everything, Found, Grid
-from hypersam.engine.prompts import Mask, ModelFile, Prompt, Segmentation, bounding_box, check_prompts, image_id_of
+from hypersam.engine.prompts import (
+    Mask,
+    ModelFile,
+    Prompt,
+    Segmentation,
+    bounding_box,
+    check_prompts,
+    check_suits,
+    image_id_of,
+)
 
 __all__ = [
     "Engine", "Everything", "Found", "Grid", "Mask", "ModelFile", "Picture", "Prompt", "Segmentation",
-    "bounding_box", "check_prompts", "image_id_of", "predict",
+    "bounding_box", "check_prompts", "check_suits", "image_id_of", "predict",
 ]  # fmt: skip

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hypersam.engine.prompts import Mask, Prompt, bounding_box, check_mask_inputs
+from hypersam.engine.prompts import Mask, Prompt, bounding_box, check_suits
 from hypersam.sam.model import Embedding, SamModel
 
 AT_ONCE = 32
@@ -27,7 +27,7 @@ def decode(
     forms are not padded to the same length: padding points are tokens that the decoder attends to, so the mask
     would depend on what else was asked at that moment. Raises PromptError.
     """
-    check_mask_inputs(prompts, model)
+    check_suits(prompts, model)
     forms: dict[tuple[int, bool, bool], list[int]] = {}
     for number, prompt in enumerate(prompts):
         form = (len(prompt.points), prompt.box is not None, prompt.mask_input is not None)

@@ -22,11 +22,11 @@ from hypersam.engine.decoding import Decoded, full_masks
 from hypersam.engine.device import Decode, DeviceThread, Encode
 from hypersam.engine.everything import Everything, Found, Grid, click, sift, suppress
 from hypersam.engine.flights import Flight, Flights
-from hypersam.engine.prompts import ModelFile, Prompt, Segmentation, check_mask_inputs, check_prompts, image_id_of
+from hypersam.engine.prompts import ModelFile, Prompt, Segmentation, check_prompts, check_suits, image_id_of
 from hypersam.engine.residency import ModelPool, Resident
 from hypersam.errors import Overloaded, PromptError, Unavailable, UnknownImage
 from hypersam.loading import resolve_device
-from hypersam.sam.model import Embedding
+from hypersam.sam.model import Embedding, SamModel
 from hypersam.settings import Settings
 
 Picture = NDArray[np.uint8] | Callable[[], NDArray[np.uint8]]
@@ -98,9 +98,11 @@ class Engine:
         """
         with self._admitted():
             clock = _Clock()
-            embedded = await self._embed(file, picture, image_id, clock, lambda size: check_prompts(prompts, *size))
+            embedded = await self._embed(
+                file, picture, image_id, clock, lambda size: check_prompts(prompts, *size),
+                lambda model: check_suits(prompts, model),
+            )  # fmt: skip
             height, width = embedded.embedding.original_size
-            check_mask_inputs(prompts, embedded.resident.model)
             size = len(prompts) * (3 if multimask else 1) * width * height
             if size > MASK_BYTES:
                 raise PromptError(
@@ -235,8 +237,10 @@ class Engine:
         image_id: str | None,
         clock: _Clock,
         check: Callable[[tuple[int, int]], None] = lambda size: None,
+        suits: Callable[[SamModel], None] = lambda model: None,
     ) -> _Embedded:
-        """The model and the picture's embedding. ``check`` is called with (width, height) as soon as it is known."""
+        """The model and the picture's embedding. ``check`` is called with (width, height), ``suits`` with the model, as
+        soon as they are known: nothing is encoded for what cannot be answered."""
         image: NDArray[np.uint8] | None = None
         if picture is not None:
             pixels, image_id = await self._on(self._before, _identified, picture)
@@ -246,6 +250,7 @@ class Engine:
             raise PromptError("a picture or an image_id is needed", field="image")
         clock.lap("image")
         resident = await self._models.get(file)
+        suits(resident.model)
         clock.lap("load")
         self._names[file.digest] = file.id
         key = (file.digest, image_id)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from hypersam.errors import PromptError
+from hypersam.errors import PromptError, UnsupportedPrompt
 from hypersam.sam.model import SamModel
 
 
@@ -115,10 +115,18 @@ def check_prompts(prompts: Sequence[Prompt], width: int, height: int) -> None:
                 )
 
 
-def check_mask_inputs(prompts: Sequence[Prompt], model: SamModel) -> None:
-    """Raise PromptError unless every mask input has the size of the model's low-resolution masks."""
+def check_suits(prompts: Sequence[Prompt], model: SamModel) -> None:
+    """Raise UnsupportedPrompt for what the model's family cannot be asked, and PromptError unless every mask input has
+    the size of the model's low-resolution masks."""
     side = model.low_res
     for number, prompt in enumerate(prompts):
+        if refused := model.family.refusal(
+            points=len(prompt.points), background=0 in prompt.labels, box=prompt.box is not None,
+            mask=prompt.mask_input is not None,
+        ):  # fmt: skip
+            field, why = refused
+            where = f"prompt {number}: " if len(prompts) > 1 else ""
+            raise UnsupportedPrompt(where + why, field=f"prompts.{number}.{field}")
         if prompt.mask_input is not None and prompt.mask_input.shape != (side, side):
             raise PromptError(
                 f"a mask input for this model is {side} x {side} logits, got {prompt.mask_input.shape}",

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hypersam.errors import PromptError
+from hypersam.errors import PromptError, UnsupportedPrompt
 from hypersam.sam.network import Features, Prompts, SamNetwork
 from hypersam.sam.registry import VARIANTS, family_row
 
@@ -108,16 +108,14 @@ class SamModel:
         ``points``: coordinates (B, N, 2) in pixels of the model's input and labels (B, N); ``boxes`` (B, 4);
         ``mask_input`` logits (B, 1, s, s), s = ``low_res``. Returns low-resolution logits (B, M, s, s) and
         predicted IoU (B, M), float32, M as the family has it: mostly 3 with ``multimask``, else 1. Raises
-        PromptError for what the family cannot be asked.
+        UnsupportedPrompt for what the family cannot be asked.
         """
-        row = self.family
-        if mask_input is not None and not row.mask_input:
-            raise PromptError(f"{row.title} takes no mask input; give points or a box")
-        if points is not None and not row.background and bool((points[1] == 0).any()):
-            raise PromptError(f"{row.title} takes no background points (label 0); give points inside or a box")
-        count = (points[0].shape[1] if points is not None else 0) + (2 if boxes is not None else 0)
-        if row.most_points is not None and count > row.most_points:
-            raise PromptError(f"{row.title} takes at most {row.most_points} points (a box counts as two), got {count}")
+        count = 0 if points is None else points[0].shape[1]
+        outside = points is not None and not self.family.background and bool((points[1] == 0).any())
+        if refused := self.family.refusal(
+            points=count, background=outside, box=boxes is not None, mask=mask_input is not None
+        ):
+            raise UnsupportedPrompt(refused[1], field=refused[0])
         prompts = Prompts(points, boxes, mask_input)
         multimask = multimask or self._always_multimask
         masks, iou = self.network.decode(embedding.parts, prompts, multimask=multimask)

@@ -24,6 +24,20 @@ class FamilyRow:
     oracle: str | None = None
     unchecked: str | None = None
 
+    def refusal(self, *, points: int, background: bool, box: bool, mask: bool) -> tuple[str, str] | None:
+        """Which part of a prompt the family does not take (``mask_input``, ``point_labels`` or ``points``), and why in
+        words; None where it takes all. ``points``: how many; ``background``: whether any has label 0."""
+        if mask and not self.mask_input:
+            return "mask_input", f"{self.title} takes no mask input; give points or a box"
+        if background and not self.background:
+            why = f"{self.title} takes no background points (label 0); give points inside or a box"
+            return "point_labels", why
+        count = points + (2 if box else 0)
+        if self.most_points is not None and count > self.most_points:
+            why = f"{self.title} takes at most {self.most_points} points (a box counts as two), got {count}"
+            return "points", why
+        return None
+
 
 @dataclass(frozen=True)
 class Variant:

@@ -18,6 +18,7 @@ const WORDS = {
   image_too_large: "The picture is too large for this service",
   bad_image: "The picture cannot be read",
   bad_prompt: "The model does not take this prompt",
+  unsupported_prompt: "This sort of model cannot be asked so",
   name_taken: "The name is in use",
   not_a_checkpoint: "This file is no checkpoint",
   unsafe_checkpoint: "The file holds more than tensors, and is not opened",

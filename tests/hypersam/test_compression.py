@@ -115,6 +115,16 @@ def test_the_loaded_model_holds_no_dense_linear_weight(tmp_path: Path) -> None:
     assert tables < count * 8 * 4 * 1600 + 8 * dense_bytes / wide.dim  # (K + 1)·U pairs a layer, and biases
 
 
+def test_sensitivities_of_an_earlier_report_are_as_good_as_measured_ones(tmp_path: Path) -> None:
+    source = save_checkpoint(tmp_path / "a.pth")
+    first = hypersam.compress(source, tmp_path / "a.hsam", options={"fidelity": False})
+    known = {t.name: t.sensitivity for t in first.tensors if t.sensitivity is not None}
+    second = hypersam.compress(source, tmp_path / "b.hsam", options={"fidelity": False}, sensitivities=known)
+    assert second.artifact_sha256 == first.artifact_sha256
+    assert "measuring" in first.stage_seconds
+    assert "measuring" not in second.stage_seconds
+
+
 def test_masks_from_compressed_weights_are_those_of_the_decoded_ones(
     made: tuple[Path, Path, CompressReport], tmp_path: Path
 ) -> None:

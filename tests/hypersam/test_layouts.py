@@ -10,9 +10,11 @@ import json
 import pytest
 import torch
 
+from benchmarks import random_sam
 from benchmarks.random_sam import layout
 from hypersam.errors import LayoutMismatch
 from hypersam.sam.detect import detect
+from hypersam.sam.registry import VARIANTS
 
 # Layout: the family, and the variants it may be.
 EXPECTED = {
@@ -69,6 +71,19 @@ def test_a_key_too_few_or_too_many_is_named(name: str) -> None:
 def test_a_name_decides_between_equals(layout_name: str, file: str, variant: str) -> None:
     found = detect(layout(layout_name), name=file)
     assert (found.variant, found.decided_by) == (variant, "name")
+
+
+@pytest.mark.parametrize(("layout_name", "variant"), [("sam_h", "sam_vit_h"), ("mobile_and_tinysam", "mobile_sam")])
+def test_a_hash_decides_against_a_name_and_the_caller_against_both(layout_name: str, variant: str) -> None:
+    official = next(row for row in VARIANTS if row.id == variant)
+    other = next(row for row in VARIANTS if random_sam.LAYOUT_OF[row.id] == layout_name and row.id != variant)
+    found = detect(layout(layout_name), name=other.file)
+    assert (found.variant, found.decided_by) == (other.id, "name")
+    told = found.told(sha256=official.sha256, name=other.file)
+    assert (told.variant, told.decided_by) == (variant, "sha256")
+    assert told.candidates == found.candidates
+    asked = detect(layout(layout_name), variant=other.id, name=official.file).told(sha256=official.sha256)
+    assert (asked.variant, asked.decided_by) == (other.id, "caller")
 
 
 @pytest.mark.parametrize("name", ["sam2_t", "sam21_s", "sam2_bp", "sam21_l"])

@@ -94,6 +94,24 @@ def test_a_checkpoint_is_compressed_and_segments(
             assert np.linalg.norm(ours - theirs) < 1e-3 * np.linalg.norm(theirs)
 
 
+def test_half_precision_and_counters_come_back_as_they_were(tmp_path: Path) -> None:
+    state = random_sam.spread(SamTinyViT, TINY, seed=5) | {"image_encoder.head.weight": torch.randn(9, 64)}
+    halves = {key: t.half() if t.is_floating_point() else t for key, t in state.items()}
+    torch.save({"state_dict": {f"module.{key}": t for key, t in halves.items()}}, tmp_path / "half.pth")
+    options = {"policy": "equal_error", "fidelity": False}
+    hypersam.compress(tmp_path / "half.pth", tmp_path / "half.hsam", options=options)
+    run_decompress(tmp_path / "half.hsam", tmp_path / "back.safetensors", as_json=False)
+    back = read_checkpoint(tmp_path / "back.safetensors").tensors
+    assert {k: (t.shape, t.dtype) for k, t in back.items()} == {k: (t.shape, t.dtype) for k, t in halves.items()}
+    assert {torch.float16, torch.int64} == {t.dtype for t in back.values()}
+    for key, tensor in halves.items():
+        if tensor.dtype == torch.int64:
+            assert torch.equal(back[key], tensor)
+        else:
+            error = torch.linalg.vector_norm(back[key].double() - tensor.double())
+            assert error <= 0.3 * torch.linalg.vector_norm(tensor.double())
+
+
 def test_attention_is_softmax_of_scores_and_biases_by_distance() -> None:
     torch.manual_seed(0)
     attention = _Attention(12, 3, 5).double().eval()
@@ -140,13 +158,22 @@ def test_tiny_sam_has_three_masks_whatever_is_asked() -> None:
     network = SamTinyViT(TINY)
     network.load_state_dict(random_sam.spread(SamTinyViT, TINY, seed=2))
     small = network.eval().reduced(128)
-    image = np.zeros((50, 40, 3), np.uint8)
-    for variant, count in (("mobile_sam", 1), ("tiny_sam", 3)):
+    image = np.random.default_rng(4).integers(0, 256, (50, 40, 3), np.uint8)
+    answers = {}
+    for variant in ("mobile_sam", "tiny_sam"):
         model = hypersam.sam.model.SamModel(small, variant=variant, device=torch.device("cpu"), dtype=torch.float32)
         predictor = SamPredictor(model)
         predictor.set_image(image)
-        masks, _, _ = predictor.predict(box=np.array([3.0, 4.0, 30.0, 40.0]), multimask_output=False)
-        assert len(masks) == count
+        for multimask in (True, False):
+            answers[variant, multimask] = predictor.predict(
+                box=np.array([3.0, 4.0, 30.0, 40.0]), multimask_output=multimask, return_logits=True
+            )
+    assert len(answers["mobile_sam", False][0]) == 1
+    for multimask in (True, False):
+        # On the same weights they are MobileSAM's three.
+        for got, want in zip(answers["tiny_sam", multimask], answers["mobile_sam", True], strict=True):
+            np.testing.assert_array_equal(got, want)
+    assert len(answers["tiny_sam", False][0]) == 3
 
 
 def test_an_hq_without_global_attention_is_refused() -> None:

@@ -5,15 +5,13 @@ timm's stages keep the block before each halving with the halving itself, under 
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
 from benchmarks.random_sam import layout, spread_like
 from hypersam.sam.detect import detect
 from hypersam.sam.families.edge_sam import EdgeSam
-
-timm = pytest.importorskip("timm", reason="timm is not installed (extra: oracles)")
+from tests.oracles.official import package
 
 STEM = (("conv1.", "0."), ("conv2.", "2."))
 BLOCK = (("token_mixer.", "token_mixer.0."), ("se.", "token_mixer.1."),
@@ -23,6 +21,7 @@ HALVING = (("spatial_downsample.", "token_mixer.0."), ("channel_downsample.", "t
 
 
 def test_the_backbone_is_repvit_m1() -> None:
+    timm = package("timm")
     theirs = timm.create_model("repvit_m1", pretrained=False).double().eval()
     parts: list[tuple[nn.Module, tuple[tuple[str, str], ...]]] = [(theirs.stem, STEM)]
     for stage in theirs.stages:
