@@ -89,13 +89,13 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ask]:
         for name, variant in MODELS.items():
             state = official_sam().state_dict() if name == "sam" else random_sam.spread(*networks[variant], seed=1)
             torch.save(state, folder / f"{name}.pth")
-            made = store.work_dir(name) / "model.hsam"
-            report = hypersam.compress(
-                folder / f"{name}.pth", made, codec="birkhoff", variant=variant, options={"fidelity": False, "nodes": 1}
-            )
-            store.register(
-                name, made, digest=report.artifact_sha256, request=name, source_sha256="0" * 64, report=report.as_dict()
-            )
+            with store.work_dir(name) as work:
+                made, options = work / "model.hsam", {"fidelity": False, "nodes": 1}
+                report = hypersam.compress(
+                    folder / f"{name}.pth", made, codec="birkhoff", variant=variant, options=options
+                ).as_dict()
+                digest = report["artifact_sha256"]
+                store.register(name, made, digest=digest, request=name, source_sha256="0" * 64, report=report)
         with start_blocking_portal() as portal, portal.wrap_async_context_manager(_served(settings)) as client:
 
             def ask(path: str, body: dict[str, Any] | None = None) -> httpx.Response:
