@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.resources
+import json
 import re
 import subprocess
 import sys
@@ -9,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import pytest
 import yaml
 
@@ -22,6 +25,13 @@ MANIFEST: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "docker/kuberne
 STORE = {f"HYPERSAM_STORE_{name}" for name in ("URL", "ENDPOINT", "REGION", "ALLOW_HTTP")}
 
 
+class ComposeLoader(yaml.SafeLoader):
+    """Takes Compose's own tag for what an override takes away, as something empty."""
+
+
+ComposeLoader.add_constructor("!reset", lambda loader, node: {})
+
+
 def known(names: set[str]) -> set[str]:
     """Those that no setting has."""
     fields = {PREFIX + name.upper() for name in Settings.model_fields}
@@ -32,6 +42,16 @@ def dockerfile(word: str) -> list[str]:
     """The arguments of every instruction of that name, continued lines joined."""
     text = re.sub(r"\\\n\s*", "", (ROOT / "docker/Dockerfile").read_text())
     return [line.split(None, 1)[1] for line in text.splitlines() if line.startswith(word + " ")]
+
+
+@pytest.mark.parametrize("name", ["docker-compose.yml", "docker/compose.cpu.yml"])
+def test_the_compose_files_are_as_the_compose_specification_has_them(name: str) -> None:
+    schemas = importlib.resources.files("check_jsonschema") / "builtin_schemas" / "vendor"
+    validator = jsonschema_rs.validator_for(json.loads((schemas / "compose-spec.json").read_text()))
+    written = yaml.load((ROOT / name).read_text(), ComposeLoader)
+    assert [f"{e.instance_path}: {e.message}" for e in validator.iter_errors(written)] == []
+    written["services"]["api"]["no_such_key"] = 1
+    assert not validator.is_valid(written)
 
 
 def test_what_compose_sets_are_settings() -> None:
