@@ -59,21 +59,19 @@ def _measured(variant: str, folder: Path, oracles: Path, threads: int, rounds: i
     methods = (REFERENCE, *(m for m in OWN if native_bf16() or not m.endswith("bf16")))
     workers: dict[str, Worker] = {}
     try:
-        told = {}
         for method in methods:
             workers[method] = Worker(
                 "benchmarks.families_worker", [method, variant, str(folder), str(threads)], threads=threads,
                 python=oracles if method == REFERENCE else Path(sys.executable),
             )  # fmt: skip
-            told[method] = workers[method].answer()
         took = interleaved(workers, rounds)
     finally:
         for worker in workers.values():
             worker.stop()
     for method in methods:
         row: dict[str, Any] = {
-            "variant": variant, "method": method, "official": told[REFERENCE]["whose"], "threads": threads,
-            "rounds": rounds, "load_average": os.getloadavg()[0], "weights_mb": told[method]["weights_mb"],
+            "variant": variant, "method": method, "official": workers[REFERENCE].ready["whose"], "threads": threads,
+            "rounds": rounds, "load_average": os.getloadavg()[0], "weights_mb": workers[method].ready["weights_mb"],
             "peak_mb": max(t["peak_mb"] for t in took[method]),
             "embedding_cosine": cosine(*(_saved(folder, variant, m, "embedding") for m in (method, REFERENCE))),
             "logits_error": _largest(*(_saved(folder, variant, m, "logits") for m in (method, REFERENCE))),

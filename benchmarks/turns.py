@@ -24,38 +24,60 @@ Figures = dict[str, Any]
 
 
 class Worker:
-    """The other side of ``serve``: ``python -m MODULE ARGUMENTS``, with so many threads."""
+    """The other side of ``serve``: ``python -m MODULE ARGUMENTS``, with so many threads. ``ready``: what it said first.
 
-    def __init__(self, module: str, arguments: Sequence[str], *, threads: int, python: Path | None = None) -> None:
-        here = Path(__file__).parent.parent
-        environment = {
-            **os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE",
+    ``large``: it ends after each pass and starts anew, so that several do not hold gigabytes of working memory at once.
+    """
+
+    def __init__(
+        self, module: str, arguments: Sequence[str], *, threads: int, python: Path | None = None, large: bool = False
+    ) -> None:
+        self._here = Path(__file__).parent.parent
+        self._environment = {
+            **os.environ, "PYTHONPATH": str(self._here), "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE",
         }  # fmt: skip
-        self._process = subprocess.Popen(
-            [str(python or sys.executable), "-m", module, *arguments],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=here, env=environment,
-        )  # fmt: skip
+        self._command = [str(python or sys.executable), "-m", module, *arguments]
+        self._large = large
+        self._process: subprocess.Popen[str] | None = None
+        self.ready = self._started()
+        if large:
+            self.stop()
 
     def passed(self) -> Figures:
         """Have it make a pass, and return what it says of it."""
+        if self._process is None:
+            self._started()
+        assert self._process is not None
         assert self._process.stdin is not None
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
-        return self.answer()
+        answer = self._answer()
+        if self._large:
+            self.stop()
+        return answer
 
-    def answer(self) -> Figures:
-        """The next that it says."""
+    def stop(self) -> None:
+        """End it."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+
+    def _started(self) -> Figures:
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=self._here,
+            env=self._environment,
+        )  # fmt: skip
+        return self._answer()
+
+    def _answer(self) -> Figures:
+        assert self._process is not None
         assert self._process.stdout is not None
         for line in self._process.stdout:
             if line.startswith("answer "):
                 answer: Figures = json.loads(line.removeprefix("answer "))
                 return answer
-        raise SystemExit(f"{self._process.args} ended without an answer")
-
-    def stop(self) -> None:
-        """End it."""
-        self._process.kill()
-        self._process.wait()
+        raise SystemExit(f"{' '.join(self._command)} ended without an answer")
 
 
 def interleaved(workers: Mapping[str, Worker], rounds: int) -> dict[str, list[Figures]]:
