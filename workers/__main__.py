@@ -10,12 +10,13 @@ from hypersam import doctor, logs
 from hypersam.embedded_redis import die_with_parent
 from hypersam.errors import HypersamError
 from hypersam.settings import Settings
+from hypersam.spinning import spin_briefly
 from workers.worker import run
 
 
 def main() -> int:
     """Work until SIGTERM or SIGINT; a second one gives up the running job, which another worker retries."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for the jobs: spinning threads slow the API down
+    spin_briefly()
     settings = Settings()
     logs.configure(settings)
     parent = os.environ.pop("HYPERSAM_PARENT", None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,6 +14,7 @@ from hypersam import __version__
 from hypersam.cli import bench
 from hypersam.codecs import DEFAULT_CODEC
 from hypersam.errors import HypersamError
+from hypersam.spinning import spin_briefly
 
 if TYPE_CHECKING:
     from hypersam.settings import Settings
@@ -253,9 +253,7 @@ def new_key_command(
 
 def main() -> None:
     """Entry of the console script. A user's mistake ends in one line on standard error and exit code 1."""
-    # Before torch is loaded, here and in the workers, which inherit it: OpenMP's threads otherwise spin while they
-    # wait, and whatever shares the cores with something else becomes several times slower.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    spin_briefly()
     try:
         app()
     except HypersamError as error:
