@@ -9,14 +9,14 @@ import sys
 from hypersam import doctor, logs
 from hypersam.embedded_redis import die_with_parent
 from hypersam.errors import HypersamError
+from hypersam.openmp import sleep_while_waiting
 from hypersam.settings import Settings
-from hypersam.spinning import spin_briefly
 from workers.worker import run
 
 
 def main() -> int:
     """Work until SIGTERM or SIGINT; a second one gives up the running job, which another worker retries."""
-    spin_briefly()
+    sleep_while_waiting()
     settings = Settings()
     logs.configure(settings)
     parent = os.environ.pop("HYPERSAM_PARENT", None)

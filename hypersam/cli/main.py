@@ -14,7 +14,7 @@ from hypersam import __version__
 from hypersam.cli import bench
 from hypersam.codecs import DEFAULT_CODEC
 from hypersam.errors import HypersamError
-from hypersam.spinning import spin_briefly
+from hypersam.openmp import sleep_while_waiting
 
 if TYPE_CHECKING:
     from hypersam.settings import Settings
@@ -253,7 +253,7 @@ def new_key_command(
 
 def main() -> None:
     """Entry of the console script. A user's mistake ends in one line on standard error and exit code 1."""
-    spin_briefly()
+    sleep_while_waiting()
     try:
         app()
     except HypersamError as error:

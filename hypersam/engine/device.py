@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar
 
+import torch
 from torch import Tensor
 
 from hypersam.engine.cache import EmbeddingCache, Key
@@ -20,11 +21,16 @@ from hypersam.engine.memory import out_of_memory, release
 from hypersam.engine.prompts import Prompt
 from hypersam.engine.residency import ModelPool, Resident
 from hypersam.errors import HypersamError, Unavailable
+from hypersam.openmp import use_cores
 from hypersam.sam.model import Embedding
 
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+_FEW = 1 << 18
+"""Numbers of an embedding under which one core decodes prompts faster than several that wake one another; SAM's has
+four times as many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +66,7 @@ class DeviceThread:
 
     def __init__(self, models: ModelPool, cache: EmbeddingCache, max_batch: int) -> None:
         self._models, self._cache, self._max_batch = models, cache, max_batch
+        self._cores = torch.get_num_threads()
         self._smaller: dict[str, int] = {}  # batches that a model was found to have memory for, by digest
         self._encodes: deque[Encode] = deque()
         self._decodes: deque[Decode] = deque()
@@ -156,6 +163,7 @@ class DeviceThread:
 
     def _embed(self, batch: Sequence[Encode]) -> list[Embedding]:
         """Embeddings of a batch; of halves, then with all else evicted, then on the CPU where memory is short."""
+        use_cores(self._cores)
         embeddings = self._attempt(lambda: self._call(batch[0].resident, batch))
         if embeddings is None and len(batch) > 1:
             middle = len(batch) // 2
@@ -210,6 +218,7 @@ class DeviceThread:
 
     def _decode(self, task: Decode, prompts: Sequence[Prompt]) -> list[Decoded]:
         """The same steps down as for pictures."""
+        use_cores(1 if task.embedding.features.numel() < _FEW else self._cores)
         resident, embedding = task.resident, task.embedding
         for at_once in (AT_ONCE, 1):
             decoded = self._attempt(lambda n=at_once: _decoded(resident, embedding, prompts, task.multimask, n))  # type: ignore[misc]

@@ -26,6 +26,7 @@ from hypersam.engine.prompts import ModelFile, Prompt, Segmentation, check_promp
 from hypersam.engine.residency import ModelPool, Resident
 from hypersam.errors import Overloaded, PromptError, Unavailable, UnknownImage
 from hypersam.loading import resolve_device
+from hypersam.openmp import use_cores
 from hypersam.sam.model import Embedding, SamModel
 from hypersam.settings import Settings
 
@@ -70,8 +71,8 @@ class Engine:
         batch = settings.max_batch or (1 if self._device_name.type == "cpu" else 8)
         self._device = DeviceThread(self._models, self._cache, batch)
         self._embeddings: Flights[Key, Embedding] = Flights()
-        self._before = ThreadPoolExecutor(PICTURES_AT_ONCE, thread_name_prefix="hypersam-before")
-        self._after = ThreadPoolExecutor(PICTURES_AT_ONCE, thread_name_prefix="hypersam-after")
+        self._before = ThreadPoolExecutor(PICTURES_AT_ONCE, "hypersam-before", use_cores, (1,))
+        self._after = ThreadPoolExecutor(PICTURES_AT_ONCE, "hypersam-after", use_cores, (1,))
         self._max_waiting = settings.max_waiting
         self._inside = 0
         self._pace = 0.1  # seconds from one answer to the next under load, a moving average

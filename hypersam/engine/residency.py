@@ -16,6 +16,7 @@ from hypersam.engine.memory import out_of_memory, release
 from hypersam.engine.prompts import ModelFile
 from hypersam.errors import NotACheckpoint, Unavailable, UnknownModel
 from hypersam.loading import Residency, load_model
+from hypersam.openmp import use_cores
 from hypersam.sam.model import SamModel
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class ModelPool:
         self._held: OrderedDict[str, Resident] = OrderedDict()
         self._lock = threading.Lock()
         self._flights: Flights[str, Resident] = Flights()
-        self._threads = ThreadPoolExecutor(LOADS_AT_ONCE, thread_name_prefix="hypersam-load")
+        self._threads = ThreadPoolExecutor(LOADS_AT_ONCE, "hypersam-load", use_cores, (1,))
         self.loads = 0
 
     async def get(self, file: ModelFile) -> Resident:
