@@ -180,6 +180,8 @@ class _Machine:
         self._pop_to_mark()
 
     def _put(self, index: Any) -> None:
+        if not 0 <= index < 1 << 32:  # for the same reason as keys
+            raise ValueError("a value is remembered under an impossible number")
         self._memo[index] = self._top()
 
     def _memoize(self, _: Any) -> None:
@@ -242,6 +244,9 @@ class _Machine:
         # Of containers a hash would be asked, which recurses.
         if not isinstance(key, _LEAF_KEYS):
             raise CheckpointError(f"{self._file} has a dictionary with a {type(key).__name__} for a key")
+        if isinstance(key, int) and key.bit_length() > 64:
+            # Python's hash of whole numbers is no secret: of longer ones as many as one likes have the same.
+            raise CheckpointError(f"{self._file} has a dictionary with a number of {key.bit_length()} bits for a key")
         if key in target:
             raise CheckpointError(f"{self._file} has the key {ascii(key)[:128]} twice in one dictionary")
         target[key] = value
