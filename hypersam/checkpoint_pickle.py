@@ -3,7 +3,8 @@
 A pickle is a program for a stack machine. This machine knows the instructions that containers, numbers, strings and
 tensors need, and gives a description of each tensor (``TensorPlan``) instead of making it. A name that a pickle asks
 for is looked up in the tables below and nowhere else. Nothing recurses, so depth costs no stack; every instruction
-makes one small object at most, so ``MAX_PICKLE_BYTES`` and ``MAX_INSTRUCTIONS`` bound the memory.
+makes one small object at most, and dictionaries made of lists are counted by their pairs, so ``MAX_PICKLE_BYTES`` and
+``MAX_INSTRUCTIONS`` bound the memory.
 
 Instructions: Python's ``pickletools``. What tensors look like in a pickle: ``torch/_utils.py``,
 ``torch/serialization.py``.
@@ -129,6 +130,7 @@ class _Machine:
         self._file = name
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._paired = 0
 
     def result(self) -> Any:
         """What is left on the stack. Raises ValueError unless it is one value."""
@@ -316,6 +318,9 @@ class _Machine:
         pairs = arguments[0] if arguments else []
         if len(arguments) > 1 or not isinstance(pairs, list):
             raise ValueError("an OrderedDict is filled in an unknown way")
+        self._paired += len(pairs)  # the one instruction that makes something large, and one list may serve many
+        if self._paired > MAX_INSTRUCTIONS:
+            raise NotACheckpoint(f"{self._file} fills its dictionaries with more than {MAX_INSTRUCTIONS} pairs")
         found: dict[Any, Any] = {}
         for key, value in pairs:
             self._put_into(found, key, value)

@@ -319,6 +319,9 @@ def test_memory_is_bounded_by_the_size_of_the_file(tmp_path: Path) -> None:
     ]
     with (tmp_path / "sparse.pth").open("r+b") as file:
         file.truncate(1 << 36)  # 64 GB that take no room
+    pairs = b"](" + b"".join(text(f"k{i}") + NONE + b"\x86" for i in range(1000)) + b"e"
+    dictionaries = name("collections", "OrderedDict") + b"q\x01" + pairs + b"\x85q\x02" + b"h\x01h\x02R" * 20_000
+    paths.append(archive(tmp_path / "pairs.pth", dictionaries))
     paths.append(lying_zip64(tmp_path / "directory.pth", directory=3 << 30))
     with zipfile.ZipFile(tmp_path / "members.pth", "w") as target:
         for i in range(60_000):
