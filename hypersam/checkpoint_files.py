@@ -34,6 +34,19 @@ _LEGACY_NUMBERS = (0x1950A86A20F9469CFC6C, 1001)
 _LARGEST_EMPTY_SIDE = 1 << 31
 
 
+class _Archive(io.BufferedReader):
+    """A zip file of which no more is read at once than its list of members, or a pickle, may take.
+
+    How long that list is, an archive says in places among which readers choose differently; a read is what counts.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        """Read; without a size, which zipfile does at the end alone, up to the limit."""
+        if size is not None and size > MAX_DIRECTORY_BYTES:
+            raise ValueError(f"it lists its members in {_figure(size)} bytes; at most {MAX_DIRECTORY_BYTES} are read")
+        return super().read(MAX_DIRECTORY_BYTES if size is None or size < 0 else size)
+
+
 @dataclass(frozen=True)
 class Pickled:
     """What a pickle describes, and the bytes (first, length) of each storage it names."""
@@ -49,15 +62,14 @@ class Pickled:
 def read_zip(path: Path) -> Pickled:
     """The pickle of an archive of ``torch.save`` and where its storages are. Raises CheckpointError's kinds."""
     try:
-        with path.open("rb") as file:
-            _check_directory(file, path.name)
-            with zipfile.ZipFile(file) as archive:
-                spans = _member_spans(archive, file, path.name)
-                root = _root_of(archive, path.name)
-                pickled = archive.read(f"{root}data.pkl")
-                order = f"{root}byteorder"
-                if order in spans and spans[order][1] < 16 and archive.read(order) != b"little":
-                    raise NotACheckpoint(f"{path.name} is of a big-endian machine; little-endian ones are read")
+        with _Archive(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
+            _check_no_program(archive, path.name)
+            spans = _member_spans(archive, file, path.name)
+            root = _root_of(archive, path.name)
+            pickled = archive.read(f"{root}data.pkl")
+            order = f"{root}byteorder"
+            if order in spans and spans[order][1] < 16 and archive.read(order) != b"little":
+                raise NotACheckpoint(f"{path.name} is of a big-endian machine; little-endian ones are read")
     except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError, EOFError) as error:
         raise NotACheckpoint(f"{path.name} is a truncated or damaged archive: {error}") from error
     start = f"{root}data/"
@@ -65,23 +77,12 @@ def read_zip(path: Path) -> Pickled:
     return Pickled(path, read_pickle(io.BytesIO(pickled), path.name), storages)
 
 
-def _check_directory(file: BinaryIO, name: str) -> None:
-    """Refuse an archive whose list of members would take long to read, before it is read."""
-    size = file.seek(0, io.SEEK_END)
-    tail_start = max(0, size - (1 << 16) - 22)
-    file.seek(tail_start)
-    tail = file.read()
-    end = tail.rfind(b"PK\x05\x06")
-    if end < 0 or len(tail) < end + 22:
-        raise NotACheckpoint(f"{name} is a truncated or damaged archive: it has no end")
-    listed = struct.unpack_from("<I", tail, end + 12)[0]
-    if end >= 20 and tail[end - 20 : end - 16] == b"PK\x06\x07":
-        file.seek(struct.unpack_from("<Q", tail, end - 12)[0])
-        record = file.read(56)
-        if len(record) == 56 and record[:4] == b"PK\x06\x06":
-            listed = max(listed if listed < 0xFFFFFFFF else 0, struct.unpack_from("<Q", record, 40)[0])
-    if listed > MAX_DIRECTORY_BYTES and listed != 0xFFFFFFFF:
-        raise NotACheckpoint(f"{name} lists its members in {listed} bytes; at most {MAX_DIRECTORY_BYTES} are read")
+def _check_no_program(archive: zipfile.ZipFile, name: str) -> None:
+    if any(member.endswith("/constants.pkl") and member.count("/") == 1 for member in archive.namelist()):
+        raise NotACheckpoint(
+            f"{name} is a TorchScript program, of which nothing is run or read; "
+            "save the state dict alone: torch.save(model.state_dict(), …)"
+        )
 
 
 def _member_spans(archive: zipfile.ZipFile, file: BinaryIO, name: str) -> dict[str, tuple[int, int]]:

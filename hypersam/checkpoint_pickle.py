@@ -3,7 +3,8 @@
 A pickle is a program for a stack machine. This machine knows the instructions that containers, numbers, strings and
 tensors need, and gives a description of each tensor (``TensorPlan``) instead of making it. A name that a pickle asks
 for is looked up in the tables below and nowhere else. Nothing recurses, so depth costs no stack; every instruction
-makes one small object at most, so ``MAX_PICKLE_BYTES`` and ``MAX_INSTRUCTIONS`` bound the memory.
+makes one small object at most, and dictionaries made of lists are counted by their pairs, so ``MAX_PICKLE_BYTES`` and
+``MAX_INSTRUCTIONS`` bound the memory.
 
 Instructions: Python's ``pickletools``. What tensors look like in a pickle: ``torch/_utils.py``,
 ``torch/serialization.py``.
@@ -129,6 +130,7 @@ class _Machine:
         self._file = name
         self._stack: list[Any] = []
         self._memo: dict[int, Any] = {}
+        self._paired = 0
 
     def result(self) -> Any:
         """What is left on the stack. Raises ValueError unless it is one value."""
@@ -180,6 +182,8 @@ class _Machine:
         self._pop_to_mark()
 
     def _put(self, index: Any) -> None:
+        if not 0 <= index < 1 << 32:  # for the same reason as keys
+            raise ValueError("a value is remembered under an impossible number")
         self._memo[index] = self._top()
 
     def _memoize(self, _: Any) -> None:
@@ -242,6 +246,9 @@ class _Machine:
         # Of containers a hash would be asked, which recurses.
         if not isinstance(key, _LEAF_KEYS):
             raise CheckpointError(f"{self._file} has a dictionary with a {type(key).__name__} for a key")
+        if isinstance(key, int) and key.bit_length() > 64:
+            # Python's hash of whole numbers is no secret: of longer ones as many as one likes have the same.
+            raise CheckpointError(f"{self._file} has a dictionary with a number of {key.bit_length()} bits for a key")
         if key in target:
             raise CheckpointError(f"{self._file} has the key {ascii(key)[:128]} twice in one dictionary")
         target[key] = value
@@ -311,6 +318,9 @@ class _Machine:
         pairs = arguments[0] if arguments else []
         if len(arguments) > 1 or not isinstance(pairs, list):
             raise ValueError("an OrderedDict is filled in an unknown way")
+        self._paired += len(pairs)  # the one instruction that makes something large, and one list may serve many
+        if self._paired > MAX_INSTRUCTIONS:
+            raise NotACheckpoint(f"{self._file} fills its dictionaries with more than {MAX_INSTRUCTIONS} pairs")
         found: dict[Any, Any] = {}
         for key, value in pairs:
             self._put_into(found, key, value)

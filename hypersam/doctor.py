@@ -33,8 +33,8 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from hypersam.embedded_redis import find_redis_server
-from hypersam.errors import HypersamError, Unavailable
-from hypersam.jobs import JobBoard
+from hypersam.errors import HypersamError, InvalidOption, Unavailable
+from hypersam.jobs import JobBoard, client_of
 from hypersam.settings import GIB, MIB, Settings
 
 log = logging.getLogger(__name__)
@@ -89,8 +89,8 @@ def examine(settings: Settings, *, device: bool = True) -> list[Finding]:
 
     ``device=False`` leaves out what starts processes: the device, the compilation of a kernel, the C compiler.
     """
-    found = [check_versions(), *check_redis(settings), check_store(settings), check_disk(settings),
-             check_memory(settings), check_kernel_cache()]  # fmt: skip
+    found = [check_versions(), *check_redis(settings), check_store(settings), *check_objects(settings),
+             check_disk(settings), check_memory(settings), check_kernel_cache()]  # fmt: skip
     if device:
         probed = check_device(settings)
         gpu = any(finding.facts.get("type") == "cuda" for finding in probed)
@@ -162,10 +162,7 @@ def probe_connection(settings: Settings) -> Redis | None:
     """Return a client that answers or fails within seconds; None where no Redis is named and none of ours runs."""
     retry = Retry(NoBackoff(), 0)
     if settings.redis_url is not None:
-        client: Redis = Redis.from_url(
-            settings.redis_url, socket_connect_timeout=_PATIENCE, socket_timeout=_PATIENCE, retry=retry
-        )
-        return client
+        return client_of(settings.redis_url, socket_connect_timeout=_PATIENCE, socket_timeout=_PATIENCE, retry=retry)
     socket = settings.data_dir.absolute() / "redis" / "redis.sock"
     return Redis(unix_socket_path=str(socket), socket_timeout=_PATIENCE, retry=retry) if socket.exists() else None
 
@@ -174,8 +171,8 @@ def check_redis(settings: Settings) -> list[Finding]:
     """Redis: reached, new enough, takes writes, keeps them over a restart, drops none; and who listens to the queue."""
     try:
         connection = probe_connection(settings)
-    except ValueError as error:
-        return [broken("redis", f"HYPERSAM_REDIS_URL cannot be used: {error}", "give redis://host:6379/0 or the like")]
+    except InvalidOption as error:
+        return [broken("redis", str(error), "give redis://host:6379/0 or the like")]
     if connection is None:
         try:
             binary = find_redis_server()

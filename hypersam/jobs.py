@@ -24,7 +24,7 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.utils import utcparse
 
-from hypersam.errors import NameTaken, Overloaded, Unavailable, UnknownJob
+from hypersam.errors import InvalidOption, NameTaken, Overloaded, Unavailable, UnknownJob
 from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
 
@@ -123,9 +123,18 @@ def connect(settings: Settings) -> Redis:
     """Return a client for the Redis of these settings. Nothing is sent yet."""
     if settings.redis_url is None:
         raise Unavailable("no Redis: give HYPERSAM_REDIS_URL, or run `hypersam serve`, which starts one")
-    client: Redis = Redis.from_url(
-        settings.redis_url, socket_connect_timeout=2, socket_timeout=10, health_check_interval=30
-    )
+    return client_of(settings.redis_url, socket_connect_timeout=2, socket_timeout=10, health_check_interval=30)
+
+
+def client_of(url: str, **options: Any) -> Redis:
+    """Return a client for an address. Raises InvalidOption, which repeats nothing of it: it may hold a password."""
+    try:
+        client: Redis = Redis.from_url(url, **options)
+    except ValueError:  # tells what it took for a port: with an unescaped / in a password, the password's beginning
+        raise InvalidOption(
+            "HYPERSAM_REDIS_URL is no redis://, rediss:// or unix:// address; in a password / is written %2F, # %23, "
+            "? %3F and @ %40"
+        ) from None
     return client
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -55,10 +54,11 @@ def check_options(codec: str, options: Mapping[str, Any] | None = None) -> dict[
     options = {name: v for name, v in (options or {}).items() if v is not None or name not in _ALLOCATED}
     known = _ALLOCATED if codec != "birkhoff" else ("fidelity", *(f.name for f in fields(BirkhoffConfig)))
     if unknown := sorted(set(options) - set(known)):
-        raise InvalidOption(f"{codec} has no option {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        named = ", ".join(name[:64] for name in unknown[:5])
+        raise InvalidOption(f"{codec} has no option {named}; it has {', '.join(sorted(known))}")
     fidelity = options.pop("fidelity", True)
     if not isinstance(fidelity, bool):
-        raise InvalidOption(f"fidelity must be true or false, not {fidelity!r}")
+        raise InvalidOption(f"fidelity must be true or false, not {_shown(fidelity)}")
     if codec == "birkhoff":
         return {**asdict(_config(options)), "fidelity": fidelity}
     given = [name for name in _GOALS if name in options]
@@ -66,7 +66,7 @@ def check_options(codec: str, options: Mapping[str, Any] | None = None) -> dict[
         raise InvalidOption(f"give one of {', '.join(_GOALS)}, not {' and '.join(given)}")
     policy = options.get("policy", "sensitivity")
     if policy not in POLICIES:
-        raise InvalidOption(f"unknown policy {policy!r}; known: {', '.join(POLICIES)}")
+        raise InvalidOption(f"unknown policy {_shown(policy)}; known: {', '.join(POLICIES)}")
     name = given[0] if given else "preset"
     value = options.get(name, DEFAULT_PRESETS[codec])
     return {name: _checked(name, value), "policy": policy, "fidelity": fidelity}
@@ -86,15 +86,20 @@ def goal_of(codec: str, options: Mapping[str, Any] | None = None) -> Goal:
 
 def _checked(name: str, value: Any) -> Any:
     if name == "preset":
-        if value not in PRESETS:
-            raise InvalidOption(f"unknown preset {value!r}; known: {', '.join(PRESETS)}")
+        if not isinstance(value, str) or value not in PRESETS:
+            raise InvalidOption(f"unknown preset {_shown(value)}; known: {', '.join(PRESETS)}")
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise InvalidOption(f"{name} must be a number, not {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise InvalidOption(f"{name} must be a number, not {_shown(value)}")
     low, high = {"target_ratio": (1.0, MAX_RATIO), "target_mb": (0.0, 1e6), "max_error": (0.0, 1.0)}[name]
-    if not low < value <= high:
-        raise InvalidOption(f"{name} must be over {low:g} and at most {high:g}, not {value!r}")
+    if not low < value <= high:  # compared as it is: a whole number may be too long for a float
+        raise InvalidOption(f"{name} must be over {low:g} and at most {high:g}, not {_shown(value)}")
     return float(value)
+
+
+def _shown(value: Any) -> str:
+    """A value in a message: short, whatever it is."""
+    return repr(value)[:64] if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
 
 
 def _config(options: Mapping[str, Any]) -> BirkhoffConfig:
@@ -108,5 +113,5 @@ def _config(options: Mapping[str, Any]) -> BirkhoffConfig:
         raise InvalidOption(f"birkhoff: nodes may name at most {MAX_NODE_COUNTS} node counts")
     try:
         return BirkhoffConfig(**values)
-    except (ValueError, TypeError, OverflowError) as error:
-        raise InvalidOption(f"birkhoff: {error}") from error
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise InvalidOption(f"birkhoff: {str(error)[:300]}") from error

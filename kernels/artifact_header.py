@@ -31,6 +31,8 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 MAX_HEADER_BYTES = 16 << 20
 """Of the header, packed or not; that of SAM ViT-H takes 0.3 MB."""
+MAX_DIMENSIONS = 64
+"""As PyTorch has it."""
 WEIGHTS_PER_BYTE, FREE_WEIGHTS = 32, 1 << 24
 """How many weights a file may declare: so many for each of its bytes (a quarter of a bit each), and these besides.
 A stream of zeros or of one value takes next to nothing, so its length alone would not bound what decoding allocates."""
@@ -110,7 +112,8 @@ def check_declared(records: tuple[TensorRecord, ...], path: Path, max_weights: i
     size = path.stat().st_size
     allowed = WEIGHTS_PER_BYTE * size + FREE_WEIGHTS
     if declared > allowed:
-        raise ArtifactError(f"{path.name} declares {declared:.4g} weights in {size} bytes; at most {allowed} are read")
+        shown = f"{declared:.4g}" if declared < 1 << 1000 else "more than 1e300"
+        raise ArtifactError(f"{path.name} declares {shown} weights in {size} bytes; at most {allowed} are read")
     if max_weights is not None and declared > max_weights:
         raise ArtifactError(f"{path.name} declares {declared} weights; at most {max_weights} are read here")
 
@@ -131,7 +134,7 @@ def _read_prefix(file: BinaryIO, size: int, name: str) -> dict[str, Any]:
         entries = json.loads(text)
         end = max((entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__"), default=0)
         expected = 8 + length + int(end)
-    except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError) as error:
+    except (ValueError, RecursionError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
         raise ArtifactError(f"{name} is no safetensors file, so no compressed model: {error}") from error
     if size != expected:
         raise ArtifactCorrupt(f"{name} has {size} bytes, but its header says {expected}; it was cut off or appended to")
@@ -145,7 +148,7 @@ def parse_record(record: Mapping[str, Any]) -> TensorRecord:
     if encoding != "raw" and encoding not in ENCODINGS:
         raise ArtifactVersion(f"{record['name']}: this release does not read the encoding {encoding!r}")
     shape = tuple(record["shape"])
-    if not all(isinstance(size, int) and size >= 0 for size in shape):
+    if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and 0 <= size < 1 << 63 for size in shape):
         raise ValueError(f"the shape of {record['name']}")
     known = ("name", "shape", "dtype", "encoding", "sha256")
     constants = {key: value for key, value in record.items() if key not in known}

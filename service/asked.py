@@ -145,8 +145,10 @@ def image_of(text: str | None, settings: Settings) -> bytes | None:
     return image
 
 
-def prompt_of(body: PromptBody, field: str) -> Prompt:
+def prompt_of(body: PromptBody, field: str, settings: Settings) -> Prompt:
     """A prompt for the engine. Labels 2 and 3 become a box, points to be ignored go. Raises PromptError."""
+    if len(body.points) > settings.max_points:
+        raise PromptError(f"more than the {settings.max_points} points accepted in one prompt", field=f"{field}.points")
     # Points without labels mean 'these are inside', as a click does.
     labels = body.point_labels or [1] * len(body.points)
     where = f"{field}.point_labels"
@@ -241,10 +243,5 @@ def _picture(body: PictureBody, image: bytes | None, settings: Settings, where: 
     for number, prompt in enumerate(prompts):
         if not prompt.given():
             raise PromptError("give points with labels, a box, or both", field=f"{where}prompts.{number}")
-        if len(prompt.points) > settings.max_points:
-            raise PromptError(
-                f"more than the {settings.max_points} points accepted in one prompt",
-                field=f"{where}prompts.{number}.points",
-            )
-    made = tuple(prompt_of(prompt, f"{where}prompts.{number}") for number, prompt in enumerate(prompts))
+    made = tuple(prompt_of(prompt, f"{where}prompts.{number}", settings) for number, prompt in enumerate(prompts))
     return AskedPicture(image, body.image_id, made)

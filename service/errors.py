@@ -108,11 +108,16 @@ def problem(status: int, code: str, detail: str, *, headers: dict[str, str] | No
         "type": f"urn:hypersam:problem:{code}",
         "title": HTTPStatus(status).phrase,
         "status": status,
-        "detail": detail,
+        "detail": _sendable(detail),
         "code": code,
         **more,
     }
     return JSONResponse(body, status, headers=headers, media_type=PROBLEM_TYPE)
+
+
+def _sendable(text: str) -> str:
+    """The text as UTF-8 can carry it: half of a surrogate pair, which JSON can hold in a name, is spelt out."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 async def _known(_: Request, error: Exception) -> Response:
@@ -133,13 +138,13 @@ async def _known(_: Request, error: Exception) -> Response:
         log.error("%s: %s", type(error).__name__, error)
     code = error.code if isinstance(error, errors.HypersamError) else "error"
     field = getattr(error, "field", None)
-    more = {"errors": [{"loc": field.split("."), "msg": str(error)}]} if field else {}
+    more = {"errors": [{"loc": field.split("."), "msg": _sendable(str(error))}]} if field else {}
     return problem(status, code, str(error), headers=headers, **more)
 
 
 async def _validation(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    found = [{"loc": [str(part) for part in e["loc"]], "msg": e["msg"]} for e in error.errors()]
+    found = [{"loc": [_sendable(str(part)) for part in e["loc"]], "msg": _sendable(e["msg"])} for e in error.errors()]
     detail = "; ".join(f"{'.'.join(e['loc'])}: {e['msg']}" for e in found[:5])
     return problem(422, RequestError.code, detail, errors=found[:50])
 

@@ -16,6 +16,8 @@ log = logging.getLogger("hypersam.requests")
 
 HEADER = "X-Request-ID"
 _USABLE = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
+_SHOWN = 256
+"""Characters of a path that are logged."""
 _QUIET = frozenset({"/healthz", "/readyz", "/metrics", "/health"})  # asked every few seconds by machines
 
 
@@ -49,10 +51,11 @@ class RequestIds:
             if log.isEnabledFor(level):
                 milliseconds = round(1000 * (time.perf_counter() - began), 1)
                 client = scope.get("client")
+                path = ascii(scope["path"])[1:-1][:_SHOWN]  # decoded: it may hold line ends and a terminal's commands
                 log.log(
-                    level, "%s %s %d %.1f ms", scope["method"], scope["path"], status, milliseconds,
+                    level, "%s %s %d %.1f ms", scope["method"], path, status, milliseconds,
                     extra={
-                        "method": scope["method"], "path": scope["path"], "status": status, "ms": milliseconds,
+                        "method": scope["method"], "path": path, "status": status, "ms": milliseconds,
                         "client": client[0] if client else None,
                     },
                 )  # fmt: skip

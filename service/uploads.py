@@ -51,8 +51,15 @@ class UploadSink:
 
     def _finish(self) -> None:
         self.writer.finish()
-        if _check_container(self.writer.path) == "zip" and not zipfile.is_zipfile(self.writer.path):
-            raise NotACheckpoint("the file begins as a PyTorch archive and ends too soon: it is truncated")
+        if _check_container(self.writer.path) == "zip" and not _ends_as_zip(self.writer.path):
+            raise NotACheckpoint("the file begins as a PyTorch archive and ends otherwise: it is truncated or damaged")
+
+
+def _ends_as_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:  # an end that makes no sense, such as one of an archive on several disks
+        return False
 
 
 def _check_container(path: Path) -> str:

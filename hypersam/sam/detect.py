@@ -99,7 +99,11 @@ def _half(tensors: Mapping[str, Tensor]) -> str | None:
 
 def check_layout(tensors: Mapping[str, Tensor], family: Family, config: Config) -> None:
     """Raise LayoutMismatch unless the keys, shapes and kinds of number are those of the model, or are carried by it."""
-    expected = family.on_meta(config).state_dict()
+    try:
+        expected = family.on_meta(config).state_dict()
+    except RuntimeError as error:  # a side of petabytes, which a tensor without values can have
+        first = str(error).splitlines()[0]
+        raise LayoutMismatch(f"the state dict's shapes are those of no network: {first[:200]}") from error
     problems = []
     if missing := [key for key in expected if key not in tensors]:
         problems.append(f"missing: {_some(missing)}")

@@ -147,8 +147,8 @@ async def _predict(
         image = await to_thread.run_sync(image_of, source, state.settings, limiter=state.pictures)
     else:
         image = await fetch(source, state.settings)
-    work = state.engine.segment(model, picture_of(image, state), [prompt_of(drawn.prompt, "params.context")],
-                                multimask=True)  # fmt: skip
+    prompt = prompt_of(drawn.prompt, "params.context", state.settings)
+    work = state.engine.segment(model, picture_of(image, state), [prompt], multimask=True)
     result = await unless_gone(request, work)
     state.metrics.segmented(model.id, result.timings)
     return await to_thread.run_sync(_prediction, model, result, names, drawn.label)
@@ -183,7 +183,7 @@ def drawn_in(context: Context) -> Drawn:
                 box = (max(0.0, x), max(0.0, y), min(width, x + right), min(height, y + lower))
             given = value.get(kind)
             label = str(given[0]) if isinstance(given, list) and given else label
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise PromptError(f"{field}: {error!r} in a region of type {kind}", field=field) from error
     if not points and box is None:
         raise PromptError("draw a smart key point or rectangle", field="params.context.result")
@@ -212,8 +212,11 @@ async def fetch(source: str, settings: Settings) -> bytes:
     base = settings.label_studio_url
     if base is None:
         raise SourceNotAllowed("no Label Studio is named here (HYPERSAM_LABEL_STUDIO_URL); pictures come as data: URIs")
-    url = urljoin(base.rstrip("/") + "/", source)
-    here, there = urlsplit(base), urlsplit(url)
+    try:
+        url = urljoin(base.rstrip("/") + "/", source)
+        here, there = urlsplit(base), urlsplit(url)
+    except ValueError as error:
+        raise SourceNotAllowed(f"the task's picture has no address: {error}") from error
     if (here.scheme, here.netloc) != (there.scheme, there.netloc):
         raise SourceNotAllowed(f"pictures are fetched from {here.scheme}://{here.netloc} only")
     token = settings.label_studio_token
@@ -231,5 +234,5 @@ async def fetch(source: str, settings: Settings) -> bytes:
                 if len(data) > settings.max_image_bytes:
                     raise ImageTooLarge(f"the image has more than the {settings.max_image_bytes} bytes accepted")
             return bytes(data)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ImageError(f"the task's picture could not be fetched: {type(error).__name__}") from error

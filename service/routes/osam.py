@@ -120,7 +120,7 @@ async def _segment(state: State, model: ModelFile, asked: GenerateRequest, image
     if asked.prompt.points is None or asked.prompt.point_labels is None:
         raise PromptError("models here are asked by points and point_labels, not by texts", field="prompt.points")
     body = PromptBody(points=asked.prompt.points, point_labels=asked.prompt.point_labels)
-    return await state.engine.segment(model, picture, [prompt_of(body, "prompt")], multimask=True)
+    return await state.engine.segment(model, picture, [prompt_of(body, "prompt", state.settings)], multimask=True)
 
 
 def _answer(model: str, result: Segmentation) -> GenerateResponse:

@@ -21,8 +21,9 @@ ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 OURS = ("api", "worker")
 MANIFEST: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "docker/kubernetes/hypersam.yaml").read_text()))
-# The object store's settings; AWS_… are read by its client.
-STORE = {f"HYPERSAM_STORE_{name}" for name in ("URL", "ENDPOINT", "REGION", "ALLOW_HTTP")}
+# Passed on where they are set, without a default; AWS_…, which the object store's client reads, are besides.
+PASSED = {f"HYPERSAM_STORE_{name}" for name in ("URL", "ENDPOINT", "REGION", "ALLOW_HTTP")}
+PASSED |= {"HYPERSAM_RATE_LIMIT", "HYPERSAM_CORS_ORIGINS"}
 
 
 class ComposeLoader(yaml.SafeLoader):
@@ -35,7 +36,7 @@ ComposeLoader.add_constructor("!reset", lambda loader, node: {})
 def known(names: set[str]) -> set[str]:
     """Those that no setting has."""
     fields = {PREFIX + name.upper() for name in Settings.model_fields}
-    return {name for name in names if name.startswith(PREFIX)} - fields - STORE
+    return {name for name in names if name.startswith(PREFIX)} - fields
 
 
 def dockerfile(word: str) -> list[str]:
@@ -59,7 +60,7 @@ def test_what_compose_sets_are_settings() -> None:
         environment = COMPOSE["services"][name]["environment"]
         assert not known(set(environment))
         given = {key[len(PREFIX) :].lower(): re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", str(value))
-                 for key, value in environment.items() if key.startswith(PREFIX) and key not in STORE}  # fmt: skip
+                 for key, value in environment.items() if key.startswith(PREFIX) and key not in PASSED}  # fmt: skip
         given["api_keys"] = tuple(yaml.safe_load(given["api_keys"]))
         defaults = Settings()
         made = Settings(**given)
@@ -71,10 +72,13 @@ def test_every_variable_of_the_compose_file_is_in_the_example_and_with_the_same_
     text = (ROOT / "docker-compose.yml").read_text()
     used = dict(re.findall(r"\$\{(\w+):-([^}]*)\}", text))
     lines = re.findall(r"^#?([A-Z_0-9]+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE)
-    assert {key: value for key, value in lines if not key.startswith("AWS_") and key not in STORE} == {
+    assert {key: value for key, value in lines if not key.startswith("AWS_") and key not in PASSED} == {
         key: value for key, value in used.items() if not key.startswith("AWS_")
     }
-    assert {key for key, _ in lines} >= STORE
+    assert {key for key, _ in lines} >= PASSED
+    for name in OURS:
+        environment = COMPOSE["services"][name]["environment"]
+        assert {key for key in PASSED if key in environment and environment[key] is None} == PASSED
 
 
 def test_our_containers_are_confined_and_share_what_they_must() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.random_sam import layout
 from hypersam.checkpoint import container_of, read_checkpoint, sha256_of
 from hypersam.errors import CheckpointError, HypersamError
 from hypersam.sam.detect import detect
@@ -157,6 +158,13 @@ def test_missing_unexpected_and_misshapen_keys_are_listed() -> None:
     assert error.code == "layout_mismatch"
     for part in ("mask_decoder.iou_token.weight", "image_encoder.extra", "(5,), should be (32,)"):
         assert part in str(error)
+
+
+def test_sides_of_petabytes_without_a_value_are_of_no_network() -> None:
+    state = layout("sam2_t")
+    key = "sam_mask_decoder.iou_prediction_head.layers.0.weight"
+    assert refuse({**state, key: torch.empty(1 << 62, 0)}).code == "layout_mismatch"
+    assert refuse({**state, key: torch.empty(1 << 40, 256, device="meta")}).code == "layout_mismatch"
 
 
 def test_every_missing_key_is_a_clear_refusal() -> None:

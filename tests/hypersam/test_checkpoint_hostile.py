@@ -319,6 +319,10 @@ def test_memory_is_bounded_by_the_size_of_the_file(tmp_path: Path) -> None:
     ]
     with (tmp_path / "sparse.pth").open("r+b") as file:
         file.truncate(1 << 36)  # 64 GB that take no room
+    pairs = b"](" + b"".join(text(f"k{i}") + NONE + b"\x86" for i in range(1000)) + b"e"
+    dictionaries = name("collections", "OrderedDict") + b"q\x01" + pairs + b"\x85q\x02" + b"h\x01h\x02R" * 20_000
+    paths.append(archive(tmp_path / "pairs.pth", dictionaries))
+    paths.append(lying_zip64(tmp_path / "directory.pth", directory=3 << 30))
     with zipfile.ZipFile(tmp_path / "members.pth", "w") as target:
         for i in range(60_000):
             target.writestr(f"a/{i}", b"")
@@ -362,6 +366,56 @@ def test_an_archive_whose_list_of_members_is_a_bomb(tmp_path: Path) -> None:
     data[end + 12 : end + 16] = struct.pack("<I", 1 << 30)
     path.write_bytes(data)
     assert refused(path) == "not_a_checkpoint"
+
+
+def lying_zip64(path: Path, *, directory: int, locator: int = 0, disks: int = 1) -> Path:
+    """A sparse file whose zip64 record tells of a list of members of ``directory`` bytes, while its locator points
+    elsewhere: some readers go where it points, Python's goes to the record before it."""
+    with path.open("wb") as file:
+        file.write(b"PK\x03\x04")
+        file.seek(directory)
+        file.write(b"PK\x06\x06" + struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, 1, 1, directory, 0))
+        file.write(b"PK\x06\x07" + struct.pack("<IQI", 0, locator, disks))
+        file.write(b"PK\x05\x06" + struct.pack("<HHHHIIH", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0))
+    return path
+
+
+@pytest.mark.parametrize("locator", [0, 1 << 62, 1 << 63, (1 << 64) - 1])
+@pytest.mark.parametrize("disks", [1, 9])
+def test_zip64_records_that_lie(tmp_path: Path, locator: int, disks: int) -> None:
+    path = lying_zip64(tmp_path / "a.pth", directory=1 << 20, locator=locator, disks=disks)
+    assert refused(path) == "not_a_checkpoint"
+
+
+def test_a_torchscript_program_is_called_by_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:  # the layout of torch.jit.save
+        target.writestr("a/data.pkl", START + name("__torch__", "Net") + b")\x81" + END)
+        target.writestr("a/code/__torch__.py", "class Net(Module):\n" * 100)
+        target.writestr("a/constants.pkl", START + b")" + END)
+    with pytest.raises(CheckpointError, match=r"is a TorchScript program.*state_dict"):
+        read_checkpoint(path)
+
+
+def long_number(value: int) -> bytes:
+    data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8b" + struct.pack("<i", len(data)) + data
+
+
+def test_numbers_that_hash_alike_are_refused(tmp_path: Path) -> None:
+    """Python's hash of a whole number is its remainder by 2^61 - 1: a dictionary of such takes the square of its
+    length in time. They come as keys, and as the numbers under which a pickle remembers a value."""
+    alike = [k * ((1 << 61) - 1) for k in range(1, 150_000)]
+    keys = b"}(" + b"".join(long_number(value) + NONE for value in alike) + b"u"
+    assert refused(archive(tmp_path / "keys.pth", keys)) == "bad_checkpoint"
+    memo = NONE + b"".join(b"p%d\n" % value for value in alike)
+    assert refused(archive(tmp_path / "memo.pth", memo)) == "not_a_checkpoint"
+
+
+@pytest.mark.parametrize("bits", [64, 100_000])
+def test_keys_that_are_very_long_numbers(tmp_path: Path, bits: int) -> None:
+    content = b"}" + long_number(1 << bits) + tensor((4,), (1,), count=4) + b"s"
+    assert refused(archive(tmp_path / "a.pth", content, DATA)) == "bad_checkpoint"
 
 
 def test_nothing_is_run(tmp_path: Path) -> None:

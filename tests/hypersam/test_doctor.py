@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import pytest
 from hypersam import doctor
 from hypersam.doctor import Finding, Health
 from hypersam.embedded_redis import EmbeddedRedis
+from hypersam.errors import InvalidOption
+from hypersam.jobs import connect
 from hypersam.logs import JsonFormatter
 from hypersam.settings import Settings
 
@@ -70,10 +73,14 @@ def test_all_is_well(tmp_path: Path, redis: EmbeddedRedis) -> None:
 def test_what_is_broken_is_told_in_words_with_the_exit_code(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the data folder's place")
     done = run("--data-dir", str(tmp_path / "file"), "--redis-url", "redis://127.0.0.1:1/0", "--device", "cuda:31",
-               PATH="", CC="")  # fmt: skip
+               PATH="", CC="", HYPERSAM_STORE_URL="s3://bucket/prefix", HYPERSAM_STORE_ENDPOINT="http://127.0.0.1:1",
+               HYPERSAM_STORE_REGION="us-east-1", HYPERSAM_STORE_ALLOW_HTTP="true",
+               AWS_ACCESS_KEY_ID="key", AWS_SECRET_ACCESS_KEY="hunter2")  # fmt: skip
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     lines = done.stdout.splitlines()
+    assert any(line.startswith("broken   object store") for line in lines)
+    assert "hunter2" not in done.stdout + done.stderr
     for part in ("redis", "store", "device"):
         at = next(i for i, line in enumerate(lines) if line.split()[:2] == ["broken", part])
         assert lines[at + 1].strip().startswith("→ ")
@@ -105,9 +112,15 @@ def test_redis_that_is_stopped_full_or_forgetful(redis: EmbeddedRedis) -> None:
 
 
 def test_a_redis_url_that_is_none() -> None:
-    [found] = doctor.check_redis(Settings(redis_url="http://somewhere"))
-    assert found.health is Health.BROKEN
-    assert "redis://" in (found.todo or "")
+    for url in ("http://somewhere", "redis://:hunter2/secret@somewhere:6379/0", "redis://:hunter2#x@somewhere"):
+        [found] = doctor.check_redis(Settings(redis_url=url))
+        assert found.health is Health.BROKEN
+        assert "redis://" in (found.todo or "")
+        assert "%2F" in found.says
+        assert "hunter2" not in str(found)  # what was taken for a port is the beginning of a password
+        with pytest.raises(InvalidOption) as caught:
+            connect(Settings(redis_url=url))
+        assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
 
 def test_no_redis_named_and_one_of_ours_running(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from hmac import compare_digest
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,22 @@ def test_a_key_is_found_by_what_was_shown_and_by_nothing_else() -> None:
         assert find_key(keys, secret[:-1]) is None
     assert find_key(keys, "") is None
     assert find_key((), made[0][0]) is None
+
+
+def test_every_hash_is_compared_and_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Times cannot be asserted; that the comparison is the one made for this, and does not stop at a match, can."""
+    made = [new_key(f"k{n}", ["segment"]) for n in range(5)]
+    compared = []
+
+    def compare(one: str, other: str) -> bool:
+        compared.append(one)
+        return compare_digest(one, other)
+
+    monkeypatch.setattr("hypersam.keys.hmac.compare_digest", compare)
+    for secret in (made[0][0], made[4][0], "none"):
+        compared.clear()
+        find_key([key for _, key in made], secret)
+        assert compared == [key.sha256 for _, key in made]
 
 
 def test_scopes() -> None:

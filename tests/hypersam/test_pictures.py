@@ -318,6 +318,44 @@ def _() -> None:
     gives(png(2, 1, 8, 2, bytes(1 << 26)), np.zeros((1, 2, 3), np.uint8))
 
 
+def tiled_tiff(width: int, height: int, tile: int, *, sides: int = 1) -> bytes:
+    """A TIFF of 8-bit greys in tiles of zeros, deflated; ``sides``: how often it tells its tiles' sides."""
+    packed = zlib.compressobj(9)
+    body = b"".join(packed.compress(bytes(tile)) for _ in range(tile)) + packed.flush()
+    tags = [(256, width), (257, height), (258, 8), (259, 8), (262, 1), (277, 1)]
+    tags += [(tag, side) for tag in (322, 323) for side in (tile, *[16] * (sides - 1))]
+    start = 8 + 2 + 12 * (len(tags) + 2) + 4
+    tags += [(324, start), (325, len(body))]
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(tags))
+    return head + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags) + bytes(4) + body
+
+
+@row("TIFF whose tiles are many times larger than itself")
+def _() -> None:
+    gives(tiled_tiff(4, 3, 512), np.zeros((3, 4, 3), np.uint8))
+    for tile in (2064, 1 << 13):
+        refused(tiled_tiff(4, 3, tile))
+        refused(tiled_tiff(4, 3, tile, sides=2))
+    gives(tiled_tiff(2000, 2000, 2064), np.zeros((2000, 2000, 3), np.uint8))
+
+
+@row("JPEG of more than 100 scans, or of thousands of segments")
+def _() -> None:
+    whole = encoded(PICTURE, "JPEG", progressive=True)
+    last = whole[whole.rindex(b"\xff\xda") : -2]
+    usual = whole.count(b"\xff\xda")
+    decode_image(whole[:-2] + last * (100 - usual) + whole[-2:])
+    refused(whole[:-2] + last * (101 - usual) + whole[-2:])
+    refused(whole[:-2] + (b"\xff\x02\xff\xff" + last) * 100 + whole[-2:])
+    exif = b"\xff\xe1\0\x09Exif\0\0x"
+    decode_image(whole[:2] + exif * 1000 + whole[2:])
+    refused(whole[:2] + exif * 5000 + whole[2:])
+    # What only looks like scans: in a comment, and behind the picture.
+    comment = b"\xff\xfe\x01\x92" + b"\xff\xda\0\x02" * 100
+    pixels = decode_image(whole)
+    gives(whole[:2] + comment * 4 + whole[2:] + last * 200, pixels)
+
+
 @row("truncated anywhere")
 def _() -> None:
     for form in ("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"):

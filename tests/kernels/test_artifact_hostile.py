@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -113,6 +114,27 @@ def test_shapes_beyond_what_the_file_can_hold_are_refused_at_once(
 ) -> None:
     rewrite(path, lambda metadata, header: record(header, name).update(change))
     with pytest.raises(ArtifactError, match=r"declares .* weights in"):
+        open_artifact(path, verify=False)
+
+
+@pytest.mark.parametrize("name", ["lattice", "orbit", "constant", "half", "raw", "birkhoff", "zeros"])
+@pytest.mark.parametrize(
+    "shape", [[1 << 62] * 60, [10**400, 1], [1 << 63, 0], [1] * 65, [True, 5], [5.0], ["5"], "55", [-1], [[5]], [None]],
+    ids=lambda shape: str(shape)[:20],
+)  # fmt: skip
+def test_shapes_that_are_none_are_refused(path: Path, name: str, shape: Any) -> None:
+    rewrite(path, lambda metadata, header: record(header, name).update(shape=shape))
+    with pytest.raises(ArtifactError, match=r"declares .* weights in|the header lacks or misstates"):
+        open_artifact(path, verify=False)
+
+
+@pytest.mark.parametrize("end", ["1e400", "NaN", "8.0", '"8"', "null", "1" + "0" * 5000, "-1"])
+def test_offsets_that_are_none_are_refused(path: Path, end: str) -> None:
+    data = path.read_bytes()
+    prefix = start_of_streams(data)
+    text = re.sub(rb'("data_offsets":\[\d+,)\d+', rb"\g<1>" + end.encode(), data[8:prefix])
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data[prefix:])
+    with pytest.raises(ArtifactError):
         open_artifact(path, verify=False)
 
 

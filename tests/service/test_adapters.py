@@ -71,6 +71,7 @@ def test_what_osam_could_and_this_cannot(api: Api, model: str) -> None:
         ({"model": model, "image": image, "prompt": {"points": [[1, 1]], "point_labels": [4]}}, "point_labels"),
         ({"model": model, "image": image, "prompt": {"points": [[1, 1, 1]], "point_labels": [1]}}, "points"),
         ({"model": model, "image": image, "prompt": {"points": [[999, 1]], "point_labels": [1]}}, "outside"),
+        ({"model": model, "image": image, "prompt": {"points": [[1, 1]] * 2000, "point_labels": [1] * 2000}}, "1024"),
     ):
         response = api.http.post("/api/generate", json=body)
         assert response.status_code == 422, response.text
@@ -185,6 +186,25 @@ def test_label_studios_mistakes(api: Api, model: str) -> None:
         problem = response.json()
         told = [".".join(error["loc"]) for error in problem.get("errors", [])]
         assert says in " ".join([problem["detail"], *told])
+    for value in ("NaN", "1e400", "1" + "0" * 400, "-1e308", '"x"', "null", "[]"):
+        for region, key in ((POINT, "x"), (POINT, "original_width"), (POINT, "is_positive"), (BOX, "width")):
+            wrong = json.dumps(
+                {**region, **({"value": {**region["value"], key: "?"}} if key in region["value"] else {key: "?"})}
+            )
+            body = json.dumps(asked(uri)).replace('"context": null', f'"context": {{"result": [{wrong}]}}')
+            response = api.http.post(
+                at, content=body.replace('"?"', value), headers={"Content-Type": "application/json"}
+            )
+            assert response.status_code in (200, 422), (key, value, response.text)
+    # Entities in entities, and tags in tags.
+    laughs = "".join(f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">' for n in range(1, 12))
+    for config in (
+        f'<!DOCTYPE v [<!ENTITY a0 "ha">{laughs}]><View a="&a11;">&a11;</View>',
+        "<a>" * 100_000 + "</a>" * 100_000,
+    ):
+        response = api.http.post(at, json={**asked(uri, POINT), "label_config": config})
+        assert_problem(response, 422, "invalid_request")
+        assert len(response.content) < 2000
     refused = api.http.post(at, json=asked("http://169.254.169.254/latest/meta-data", POINT))
     assert_problem(refused, 403, "source_not_allowed")
 
@@ -231,14 +251,15 @@ def test_pictures_come_from_the_label_studio_that_was_named(tmp_path: Path) -> N
     with label_studio() as url:
         for source in ("/data/upload/1/a.png", "data/upload/1/a.png", f"{url}/data/upload/1/a.png"):
             assert fetched(source) == picture()
-        for source in ("/data/none.png", "/data/moved"):
+        for source in ("/data/none.png", "/data/moved", "/data/\0.png", "/data/" + "a" * 70_000):
             with pytest.raises(ImageError):
                 fetched(source)
         with pytest.raises(ImageError, match="401"):
             fetched("/data/upload/1/a.png", label_studio_token="wrong")
         with pytest.raises(ImageTooLarge):
             fetched("/data/upload/1/a.png", max_image_bytes=100)
-        for source in ("http://127.0.0.1:1/a.png", "//127.0.0.1:1/a.png", "file:///etc/passwd", f"{url}.example/a"):
+        for source in ("http://127.0.0.1:1/a.png", "//127.0.0.1:1/a.png", "file:///etc/passwd", f"{url}.example/a",
+                       "http://[::1", "//[x]/a", f"{url}@127.0.0.1:1/a", f"{url[:-1]}\\@127.0.0.1:1/a"):  # fmt: skip
             with pytest.raises(SourceNotAllowed):
                 fetched(source)
     with pytest.raises(ImageError, match="could not be fetched"):

@@ -203,6 +203,18 @@ def test_names_that_are_paths(api: Api, name: str) -> None:
     alive(api)
 
 
+def test_paths_cannot_write_lines_of_their_own_into_the_log(api: Api) -> None:
+    raw = b"/models/a%0a2026-01-01%20ERROR%20forged%1b[31m" + b"x" * 5000
+    response = api.http.send(httpx.Request("GET", httpx.URL(api.url).copy_with(raw_path=raw)))
+    assert_problem(response, 404, "unknown_model")
+    deadline = time.monotonic() + 5
+    while "forged" not in (log := api.output()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    found = [line for line in log.splitlines() if "forged" in line]
+    assert all(r"/models/a\n2026-01-01 ERROR forged\x1b[31m" in line and len(line) < 500 for line in found)
+
+
 def test_requests_by_the_thousand(api: Api) -> None:
     def ask(number: int) -> int:
         return api.http.get(("/healthz", "/models", "/jobs?limit=1", "/nowhere")[number % 4]).status_code
