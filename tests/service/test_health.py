@@ -66,7 +66,7 @@ def test_the_page_and_the_description(api: Api) -> None:
     assert form["required"] == ["file"]
     assert {"file", "name", "variant", "codec", "options"} <= set(form["properties"])
     segment = paths["/segment"]["post"]["requestBody"]["content"]
-    assert set(segment) == {"multipart/form-data", "application/json"}
+    assert set(segment) == {"multipart/form-data", "application/json", "application/x-www-form-urlencoded"}
     assert api.http.get("/docs").status_code == 200
 
 
