@@ -451,3 +451,38 @@ def test_the_model_used_last_stays(start: Callable[..., Engine], tmp_path: Path)
     assert [name for name, model in engine.stats()["models"].items() if model["resident_bytes"]] == ["a", "c"]
     engine.segment_sync(models[0], picture(), [POINT], multimask=False)
     assert engine.stats()["model_loads"] == 3
+
+
+def test_a_model_that_the_device_cannot_run_moves_to_the_cpu(
+    start: Callable[..., Engine], files: tuple[ModelFile, ModelFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is the CPU by another name, and has memory to hold models and none to run them."""
+    wanted = start().segment_sync(files[0], picture(), [POINT], multimask=True)
+    device = torch.device("cpu", 0)
+    assert device != torch.device("cpu")
+    monkeypatch.setattr("hypersam.engine.engine.resolve_device", lambda name: device)
+    encode, decode = SamModel.embed_batch, SamModel.decode
+
+    def embed_batch(model: SamModel, pictures: Sequence[Any]) -> list[Embedding]:
+        if model.device == device:
+            raise torch.OutOfMemoryError("the test's device holds no more")
+        return encode(model, pictures)
+
+    def failing_decode(model: SamModel, *rest: Any, **named: Any) -> Any:
+        if model.device == device:
+            raise torch.OutOfMemoryError("the test's device holds no more")
+        return decode(model, *rest, **named)
+
+    monkeypatch.setattr(SamModel, "embed_batch", embed_batch)
+    engine = start()
+    found = engine.segment_sync(files[0], picture(), [POINT], multimask=True)
+    assert engine.stats()["memory_shortages"] == 2
+    engine.segment_sync(files[0], picture(1), [POINT], multimask=True)
+    assert engine.stats()["memory_shortages"] == 2  # it stays there
+    monkeypatch.setattr(SamModel, "embed_batch", encode)
+    monkeypatch.setattr(SamModel, "decode", failing_decode)
+    engine = start()
+    again = engine.segment_sync(files[0], picture(), [POINT], multimask=True)
+    for masks in (found.masks, again.masks):
+        assert all(np.array_equal(a.mask, b.mask) for a, b in zip(masks, wanted.masks, strict=True))
+    assert engine.stats()["memory_shortages"] == 2
