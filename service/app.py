@@ -29,6 +29,12 @@ from service.slow import BodyPace
 
 PICTURES_AT_ONCE = 2  # being decoded: each may take hundreds of MB, and a core
 _DESCRIPTION = "Compress Segment Anything checkpoints and serve them from their compressed weights."
+_LATER = {
+    "Retry-After": {
+        "description": "with 429 and 503: seconds after which to try again",
+        "schema": {"type": "integer", "minimum": 1},
+    }
+}
 
 
 class _Lifespan(TypedDict):
@@ -61,7 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
         version=_version(),
         description=_DESCRIPTION,
         lifespan=lifespan,
-        responses={"4XX": {"model": Problem}, "5XX": {"model": Problem}},
+        responses={status: {"model": Problem, "headers": _LATER} for status in ("4XX", "5XX")},
     )
     app.openapi = lambda: document_of(app, secured(settings.keys()))  # type: ignore[method-assign]
     errors.install(app)

@@ -20,10 +20,12 @@ from hypersam.settings import Settings
 from service.deps import State
 from service.errors import BodyTooLarge, RequestError, UnsupportedMedia
 from service.images import FORMATS, decode_base64, decode_logits
-from service.multipart import media_type, read_body, read_form
+from service.multipart import media_type, read_body, read_form, read_pairs
 from service.schemas import PictureBody, PromptBody, SegmentRequest
 
-JSON_OVERHEAD = 4 << 20
+JSON_OVERHEAD = 4 << 20  # bytes beside the picture; of a form, of each field: a mask input in digits takes 1.5 MB
+PLAIN_FORM = "application/x-www-form-urlencoded"
+_KINDS = f"send multipart/form-data, application/json or, without a picture, {PLAIN_FORM}"
 _AT_ONCE = 16 << 10  # bytes of JSON that are read in less time than a thread takes to wake
 _PROMPT_FIELDS = ("points", "point_coords", "point_labels", "labels", "box", "bbox", "mask_input", "prompts")
 SEGMENT_FIELDS = frozenset({"model", "image_id", "multimask", "multimask_output", "format", *_PROMPT_FIELDS})
@@ -85,20 +87,23 @@ async def read_segment(request: Request, state: State) -> Asked:
     kind = media_type(request)
     if kind == "multipart/form-data":
         sink = ImageSink(settings.max_image_bytes)
-        fields = (await read_form(request, {"image": sink}, SEGMENT_FIELDS)).fields
-        return await to_thread.run_sync(_of_form, fields, sink.image(), settings, limiter=state.pictures)
+        form = await read_form(request, {"image": sink}, SEGMENT_FIELDS, field_bytes=JSON_OVERHEAD)
+        return await to_thread.run_sync(_of_form, form.fields, sink.image(), settings, limiter=state.pictures)
     if kind == "application/json":
         return await parsed(_of_json, await read_json(request, settings), state)
-    raise UnsupportedMedia("send multipart/form-data or application/json")
+    if kind == PLAIN_FORM:
+        fields = await read_pairs(request, SEGMENT_FIELDS, JSON_OVERHEAD)
+        return await to_thread.run_sync(_of_form, fields, None, settings, limiter=state.pictures)
+    raise UnsupportedMedia(_KINDS)
 
 
 async def read_fields(request: Request, state: State, schema: type[Body]) -> tuple[Body, bytes | None]:
     """A request of plain fields and a picture, a form or JSON: the fields, and the picture that was sent."""
     settings = state.settings
     kind = media_type(request)
+    names = frozenset(schema.model_fields) - {"image"}
     if kind == "multipart/form-data":
         sink = ImageSink(settings.max_image_bytes)
-        names = frozenset(schema.model_fields) - {"image"}
         values: dict[str, Any] = dict((await read_form(request, {"image": sink}, names)).fields)
         image = sink.image()
         if image is not None:
@@ -106,7 +111,9 @@ async def read_fields(request: Request, state: State, schema: type[Body]) -> tup
         return validated(schema, values), image
     if kind == "application/json":
         return await parsed(partial(_fields_of_json, schema), await read_json(request, settings), state)
-    raise UnsupportedMedia("send multipart/form-data or application/json")
+    if kind == PLAIN_FORM:
+        return validated(schema, await read_pairs(request, names, JSON_OVERHEAD)), None
+    raise UnsupportedMedia(_KINDS)
 
 
 async def read_json(request: Request, settings: Settings) -> bytes:
@@ -215,13 +222,13 @@ def _of_form(fields: Mapping[str, str], image: bytes | None, settings: Settings)
 
 
 def _json_field(name: str, text: str) -> Any:
-    if name == "mask_input" and not text.lstrip().startswith("["):
+    if name == "mask_input" and text != "null" and not text.lstrip().startswith("["):
         return text
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise PromptError(f"{name} is not JSON: {error}", field=name) from error
-    if not isinstance(value, list):
+    if not isinstance(value, list | None):
         raise PromptError(f"{name} must be a JSON list", field=name)
     return value
 

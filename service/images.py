@@ -18,9 +18,11 @@ FORMATS: tuple[str, ...] = get_args(MaskFormat)
 
 
 def decode_base64(text: str) -> bytes:
-    """Return the bytes of a base64 text, with or without a ``data:`` prefix. Raises ImageError."""
+    """Return the bytes of a base64 text, with or without a ``data:`` prefix and line breaks. Raises ImageError."""
     if text.startswith("data:"):
         text = text.partition(",")[2]
+    if "\n" in text:  # as MIME and the command base64 have it
+        text = "".join(text.split())
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError) as error:

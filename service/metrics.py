@@ -77,10 +77,14 @@ class EngineCollector(Collector):
         for labels, count in stats["lookups"].items():
             lookups.add_metric(labels, count)
         yield lookups
-        yield _batches(stats["batches"])
-        queued = GaugeMetricFamily("hypersam_queue_length", "Tasks that wait for the device", labels=["stage"])
-        for stage, count in stats["queued"].items():
-            queued.add_metric([stage], count)
+        for name, key, text in (
+            ("hypersam_batch_size", "batches", "Pictures that one call of the encoder took"),
+            ("hypersam_decode_batch_size", "decodes", "Prompts that one call of the decoder took"),
+        ):
+            yield _sizes(name, text, stats[key])
+        queued = GaugeMetricFamily("hypersam_queue_length", "Tasks that wait for the device", labels=["stage", "model"])
+        for labels, count in stats["queues"].items():
+            queued.add_metric(labels, count)
         yield queued
         yield GaugeMetricFamily("hypersam_requests_inside", "Requests for masks taken in", stats["waiting"])
         for name, key, text in (
@@ -92,10 +96,8 @@ class EngineCollector(Collector):
             yield CounterMetricFamily(name, text, stats[key])
 
 
-def _batches(sizes: Mapping[tuple[str, int], int]) -> Metric:
-    histogram = HistogramMetricFamily(
-        "hypersam_batch_size", "Pictures that one call of the encoder took", labels=["model"]
-    )
+def _sizes(metric: str, text: str, sizes: Mapping[tuple[str, int], int]) -> Metric:
+    histogram = HistogramMetricFamily(metric, text, labels=["model"])
     for model in sorted({model for model, _ in sizes}):
         found = {size: count for (name, size), count in sizes.items() if name == model}
         buckets = [(str(float(bound)), sum(n for size, n in found.items() if size <= bound)) for bound in _SIZES]

@@ -6,8 +6,10 @@ of gigabytes would be written twice.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import base64
+from collections.abc import AsyncIterator, Collection, Mapping
 from typing import Protocol
+from urllib.parse import parse_qsl
 
 from anyio import move_on_after
 from fastapi import Request
@@ -15,11 +17,12 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from hypersam.errors import HypersamError
-from service.errors import BadMultipart, BodyTooLarge, RequestError
+from service.errors import BadMultipart, BodyTooLarge, RequestError, UnsupportedMedia
 
 MAX_FIELD_BYTES = 1 << 20
 DRAIN_BYTES = 16 << 20
 DRAIN_SECONDS = 2.0
+_NPY = b"\x93NUMPY"  # how such a file begins, and no UTF-8 text
 
 
 class FileSink(Protocol):
@@ -79,13 +82,16 @@ class _Events:
         self.queue.append(("headers", self.headers.get(b"content-disposition", b"")))
 
 
-async def read_form(request: Request, files: Mapping[str, FileSink], fields: frozenset[str]) -> Form:
-    """Read a multipart body: the files named in ``files`` into their sinks, ``fields`` as text.
+async def read_form(
+    request: Request, files: Mapping[str, FileSink], fields: frozenset[str], *, field_bytes: int = MAX_FIELD_BYTES
+) -> Form:
+    """Read a multipart body: the files named in ``files`` into their sinks, ``fields`` as text, each of at most
+    ``field_bytes``. A field that is a .npy file is given in base64, as JSON would hold it.
 
     Raises ``BadMultipart`` for a broken or truncated body, ``RequestError`` for a field that is not known or
     comes twice, and whatever a sink raises. After an error at most a little more of the body is read.
     """
-    reader = _FormReader(request, files, fields)
+    reader = _FormReader(request, files, fields, field_bytes)
     stream = request.stream()
     try:
         async for chunk in stream:
@@ -99,10 +105,13 @@ async def read_form(request: Request, files: Mapping[str, FileSink], fields: fro
 class _FormReader:
     """The state of a form between two chunks."""
 
-    def __init__(self, request: Request, files: Mapping[str, FileSink], fields: frozenset[str]) -> None:
+    def __init__(
+        self, request: Request, files: Mapping[str, FileSink], fields: frozenset[str], field_bytes: int
+    ) -> None:
         self._form = Form()
         self._files = files
         self._fields = fields
+        self._field_bytes = field_bytes
         self._sink: FileSink | None = None
         self._text: bytearray | None = None
         self._name = ""
@@ -137,11 +146,7 @@ class _FormReader:
 
     def _headers(self, disposition: bytes) -> None:
         name, filename = _disposition(disposition)
-        if name not in self._files and name not in self._fields:
-            known = ", ".join(sorted({*self._files, *self._fields}))
-            raise RequestError(f"unknown form field {name[:64]!r}; known are {known}")
-        if name in self._form.fields or name in self._form.filenames:
-            raise RequestError(f"the form field {name!r} comes twice")
+        _check_name(name, {*self._files, *self._fields}, {*self._form.fields, *self._form.filenames})
         self._name, self._sink = name, self._files.get(name)
         self._text = None if self._sink is not None else bytearray()
         if self._sink is not None:
@@ -152,8 +157,8 @@ class _FormReader:
             await self._sink.write(data)
         elif self._text is not None:
             self._text += data
-            if len(self._text) > MAX_FIELD_BYTES:
-                raise BodyTooLarge(f"the field {self._name!r} has more than {MAX_FIELD_BYTES} bytes")
+            if len(self._text) > self._field_bytes:
+                raise BodyTooLarge(f"the field {self._name!r} has more than {self._field_bytes} bytes")
 
     async def _part_end(self) -> None:
         if self._sink is not None:
@@ -192,11 +197,40 @@ def _disposition(header: bytes) -> tuple[str, str]:
     return name, options.get(b"filename", b"").decode("utf-8", "replace")
 
 
+def _check_name(name: str, known: Collection[str], seen: Collection[str]) -> None:
+    if name not in known:
+        raise RequestError(f"unknown form field {name[:64]!r}; known are {', '.join(sorted(known))}")
+    if name in seen:
+        raise RequestError(f"the form field {name!r} comes twice")
+
+
 def _decode(name: str, text: bytearray) -> str:
+    if text.startswith(_NPY):
+        return base64.b64encode(text).decode("ascii")
     try:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"the field {name!r} is not UTF-8") from error
+
+
+async def read_pairs(request: Request, fields: frozenset[str], limit: int) -> dict[str, str]:
+    """Read a form without files, application/x-www-form-urlencoded, of at most ``limit`` bytes.
+
+    Raises BodyTooLarge, RequestError for a field that is not known or comes twice, and UnsupportedMedia for JSON, which
+    curl sends by that name unless it is told.
+    """
+    body = await read_body(request, limit)
+    if body.lstrip().startswith(b"{"):
+        raise UnsupportedMedia("the body looks like JSON: send it with Content-Type: application/json")
+    try:
+        pairs = parse_qsl(body.decode("utf-8"), keep_blank_values=True, errors="strict", max_num_fields=64)
+    except ValueError as error:
+        raise RequestError(f"the body is no form: {error}") from error
+    found: dict[str, str] = {}
+    for name, value in pairs:
+        _check_name(name, fields, found)
+        found[name] = value
+    return found
 
 
 async def read_body(request: Request, limit: int) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
 
 from hypersam.codecs import DEFAULT_CODEC
 from hypersam.jobs import JobState, JobView
@@ -15,6 +15,7 @@ from hypersam.store import ModelRecord
 Pair = tuple[float, float]
 Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "png", "polygon", "geojson", "npy"]
+FoundFormat = Literal["rle", "png", "polygon", "geojson"]
 MASK_SIDE = 1024  # at most, of a mask input
 MOST_LOGIT = 1e6  # far beyond what a model answers, and far below what overflows in one
 Logit = Annotated[float, Field(ge=-MOST_LOGIT, le=MOST_LOGIT, allow_inf_nan=False)]
@@ -27,6 +28,17 @@ MaskInput = Annotated[
 ]
 Label = Annotated[int, Field(ge=-1, le=3)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def _listed(given: Any) -> Any:
+    """Clients of typed languages send null for what they leave out."""
+    return [] if given is None else given
+
+
+Pairs = Annotated[list[Pair], Field(fail_fast=True), BeforeValidator(_listed, json_schema_input_type=list[Pair] | None)]
+Labels = Annotated[
+    list[Label], Field(fail_fast=True), BeforeValidator(_listed, json_schema_input_type=list[Label] | None)
+]
 
 
 class Strict(BaseModel):
@@ -71,14 +83,22 @@ class CompressRequest(CompressFields):
     source: Source
 
 
+class Fault(BaseModel):
+    """Where in the request something is wrong, and what."""
+
+    loc: list[str]
+    msg: str
+
+
 class Problem(BaseModel):
-    """RFC 9457, with a stable code."""
+    """RFC 9457, with a stable code. ``errors`` where the fault lies in certain fields."""
 
     type: str
     title: str
     status: int
     detail: str
     code: str
+    errors: list[Fault] = Field(default_factory=list)
 
 
 class Readiness(BaseModel):
@@ -212,25 +232,34 @@ class PromptBody(Strict):
     The second names are those that other servers' clients send.
     """
 
-    points: list[Pair] = Field(
+    points: Pairs = Field(
         default_factory=list,
-        fail_fast=True,
-        description="[[x, y], …]",
+        description="[[x, y], …]; also as point_coords",
         validation_alias=AliasChoices("points", "point_coords"),
     )
-    point_labels: list[Label] = Field(
+    point_labels: Labels = Field(
         default_factory=list,
-        fail_fast=True,
         description="one a point: 1 inside, 0 outside, 2 and 3 a box's upper left and lower right corner, "
-        "-1 to be ignored; default: all 1",
+        "-1 to be ignored; default: all 1; also as labels",
         validation_alias=AliasChoices("point_labels", "labels"),
     )
-    box: Box | None = Field(None, description="[x0, y0, x1, y1]", validation_alias=AliasChoices("box", "bbox"))
+    box: Box | None = Field(
+        None, description="[x0, y0, x1, y1]; also as bbox", validation_alias=AliasChoices("box", "bbox")
+    )
     mask_input: MaskInput | None = Field(
         None,
         description="logits of an earlier answer, above 0 inside, as many rows and columns as the model's own "
-        "low-resolution masks: rows of numbers, or a .npy file in base64 as the format npy gives it",
+        "low-resolution masks: rows of numbers, or a .npy file in base64 as the format npy gives it; "
+        "(1, s, s), as SAM's predictor takes it, is the same as (s, s)",
     )
+
+    @field_validator("mask_input", mode="before")
+    @classmethod
+    def _of_one(cls, given: Any) -> Any:
+        if isinstance(given, list) and len(given) == 1 and isinstance(given[0], list):
+            rows = given[0]
+            return rows if rows and isinstance(rows[0], list) else given
+        return given
 
     @field_validator("mask_input")
     @classmethod
@@ -261,7 +290,7 @@ class SegmentRequest(PictureBody):
     images: list[PictureBody] | None = Field(None, fail_fast=True, min_length=1)
     multimask: bool = Field(
         False,
-        description="three masks a prompt, best first, instead of one",
+        description="three masks a prompt, best first, instead of one; also as multimask_output",
         validation_alias=AliasChoices("multimask", "multimask_output"),
     )
     format: MaskFormat = "rle"
@@ -278,7 +307,7 @@ class EverythingRequest(Strict):
     stability_score_thresh: Finite = Field(0.95, description="masks of lower stability are dropped")
     stability_score_offset: Finite = Field(1.0, ge=0, description="logits by which the threshold is moved")
     box_nms_thresh: Finite = Field(0.7, ge=0, le=1, description="of boxes that overlap more the better stays")
-    format: MaskFormat = "rle"
+    format: FoundFormat = "rle"
 
 
 class EmbedRequest(Strict):

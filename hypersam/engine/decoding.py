@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,13 +19,20 @@ Decoded = tuple[Tensor, Tensor]
 
 
 def decode(
-    model: SamModel, embedding: Embedding, prompts: Sequence[Prompt], *, multimask: bool, at_once: int = AT_ONCE
+    model: SamModel,
+    embedding: Embedding,
+    prompts: Sequence[Prompt],
+    *,
+    multimask: bool,
+    at_once: int = AT_ONCE,
+    called: Callable[[int], None] = lambda size: None,
 ) -> list[Decoded]:
     """Each prompt's logits and scores.
 
     Prompts of one form (points, box or not, mask input or not) are decoded together, ``at_once`` a call. Other
     forms are not padded to the same length: padding points are tokens that the decoder attends to, so the mask
-    would depend on what else was asked at that moment. Raises PromptError.
+    would depend on what else was asked at that moment. ``called`` is told each call's number of prompts. Raises
+    PromptError.
     """
     check_suits(prompts, model)
     forms: dict[tuple[int, bool, bool], list[int]] = {}
@@ -37,6 +44,7 @@ def decode(
         for start in range(0, len(numbers), at_once):
             part = numbers[start : start + at_once]
             low_res, scores = _decode(model, embedding, [prompts[n] for n in part], form, multimask)
+            called(len(part))
             answers.update((number, (low_res[row], scores[row])) for row, number in enumerate(part))
     return [answers[number] for number in range(len(prompts))]
 

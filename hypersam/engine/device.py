@@ -74,6 +74,8 @@ class DeviceThread:
         self._closing = False
         self.batches: Counter[tuple[str, int]] = Counter()
         """Encoder calls by model and batch size."""
+        self.decodes: Counter[tuple[str, int]] = Counter()
+        """Decoder calls by model and number of prompts."""
         self.shortages = 0
         """Times that memory was exhausted."""
         self._thread = threading.Thread(target=self._run, name="hypersam-device", daemon=True)
@@ -88,10 +90,13 @@ class DeviceThread:
         self._submit(self._decodes, task)
         return task.future
 
-    def queued(self) -> dict[str, int]:
-        """How many tasks wait."""
+    def queued(self) -> dict[str, Counter[str]]:
+        """How many tasks wait, by stage and by model."""
         with self._wake:
-            return {"encode": len(self._encodes), "decode": len(self._decodes)}
+            return {
+                "encode": Counter(task.resident.file.id for task in self._encodes),
+                "decode": Counter(task.resident.file.id for task in self._decodes),
+            }
 
     def alive(self) -> bool:
         """Whether the thread still takes what is asked."""
@@ -219,14 +224,25 @@ class DeviceThread:
     def _decode(self, task: Decode, prompts: Sequence[Prompt]) -> list[Decoded]:
         """The same steps down as for pictures."""
         use_cores(1 if task.embedding.features.numel() < _FEW else self._cores)
-        resident, embedding = task.resident, task.embedding
+        resident = task.resident
         for at_once in (AT_ONCE, 1):
-            decoded = self._attempt(lambda n=at_once: _decoded(resident, embedding, prompts, task.multimask, n))  # type: ignore[misc]
+            decoded = self._attempt(lambda n=at_once: self._call_decoder(resident, task, prompts, n))  # type: ignore[misc]
             if decoded is not None:
                 return decoded
             self._relieve(resident)
         moved = self._models.move_to_cpu(resident.file)
-        return self._attempt(lambda: _decoded(moved, embedding, prompts, task.multimask, 1)) or _give_up(resident)
+        return self._attempt(lambda: self._call_decoder(moved, task, prompts, 1)) or _give_up(resident)
+
+    def _call_decoder(self, resident: Resident, task: Decode, prompts: Sequence[Prompt], at_once: int) -> list[Decoded]:
+        """Decode where the model is: it, or the embedding, may have been moved to the CPU."""
+        device, embedding, name = resident.model.device, task.embedding, resident.file.id
+
+        def called(size: int) -> None:
+            self.decodes[name, size] += 1
+
+        if embedding.features.device != device:
+            embedding = replace(embedding, parts=tuple(part.to(device) for part in embedding.parts))
+        return decode(resident.model, embedding, prompts, multimask=task.multimask, at_once=at_once, called=called)
 
     def _attempt(self, call: Callable[[], list[Result]]) -> list[Result] | None:
         """What ``call`` gives, or None where memory ran out."""
@@ -255,13 +271,3 @@ def _by_picture(tasks: Sequence[Decode]) -> list[list[Decode]]:
     for task in tasks:
         groups.setdefault((id(task.resident), id(task.embedding), task.multimask), []).append(task)
     return list(groups.values())
-
-
-def _decoded(
-    resident: Resident, embedding: Embedding, prompts: Sequence[Prompt], multimask: bool, at_once: int
-) -> list[Decoded]:
-    """Decode where the model is: it, or the embedding, may have been moved to the CPU."""
-    device = resident.model.device
-    if embedding.features.device != device:
-        embedding = replace(embedding, parts=tuple(part.to(device) for part in embedding.parts))
-    return decode(resident.model, embedding, prompts, multimask=multimask, at_once=at_once)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import threading
 import time
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
@@ -22,6 +24,7 @@ from hypersam.engine.decoding import Decoded, full_masks
 from hypersam.engine.device import Decode, DeviceThread, Encode
 from hypersam.engine.everything import Everything, Found, Grid, click, sift, suppress
 from hypersam.engine.flights import Flight, Flights
+from hypersam.engine.memory import out_of_memory, release
 from hypersam.engine.prompts import ModelFile, Prompt, Segmentation, check_prompts, check_suits, image_id_of
 from hypersam.engine.residency import ModelPool, Resident
 from hypersam.errors import Overloaded, PromptError, Unavailable, UnknownImage
@@ -32,6 +35,8 @@ from hypersam.settings import Settings
 
 Picture = NDArray[np.uint8] | Callable[[], NDArray[np.uint8]]
 """RGB pixels (uint8, H x W x 3), or what gives them: it runs on a thread of the engine's, few at a time."""
+
+log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -78,6 +83,7 @@ class Engine:
         self._pace = 0.1  # seconds from one answer to the next under load, a moving average
         self._answered_at = 0.0
         self._rejected = self._abandoned = 0
+        self._shortages = 0  # on this engine's own threads
         self._lookups: Counter[tuple[str, str]] = Counter()
         self._names: dict[str, str] = {}  # of every model that was asked for, by digest
         self._closing = False
@@ -112,7 +118,7 @@ class Engine:
                     field="prompts",
                 )
             decoded = await self._decode(embedded, prompts, multimask, clock)
-            masks = await self._on(self._after, full_masks, embedded.resident.model, embedded.embedding, decoded)
+            masks = await self._on(self._after, self._made, full_masks, embedded, decoded)
             clock.lap("masks")
             return Segmentation(embedded.image_id, width, height, masks, clock.laps, embedded.lookup)
 
@@ -129,9 +135,8 @@ class Engine:
             for start in range(0, len(points), _GRID_CHUNK):
                 part = points[start : start + _GRID_CHUNK]
                 decoded = await self._decode(embedded, [click(p) for p in part], True, clock)
-                found += await self._on(
-                    self._after, sift, embedded.resident.model, embedded.embedding, part, decoded, grid
-                )
+                sifted = partial(sift, points=part, grid=grid)
+                found += await self._on(self._after, self._made, sifted, embedded, decoded)
                 clock.lap("masks")
             kept = await self._on(self._after, suppress, found, grid)
             clock.lap("masks")
@@ -169,8 +174,10 @@ class Engine:
 
     def stats(self) -> dict[str, Any]:
         """Counts and bytes as of now; under ``models`` by a model's name, under ``lookups`` by its name and what came
-        of the look for an embedding, under ``batches`` by its name and the batch's size."""
+        of the look for an embedding, under ``batches`` and ``decodes`` by its name and the size of the encoder's and
+        the decoder's calls, under ``queues`` by stage and its name."""
         residents, embeddings = self._models.residents(), self._cache.by_model()
+        queues, names = self._device.queued(), set(self._names.values())
         models = {r.file.id: {"resident_bytes": r.bytes, "embeddings": 0, "embedding_bytes": 0} for r in residents}
         for digest, (count, size) in embeddings.items():
             model = models.setdefault(self._names[digest], {"resident_bytes": 0})
@@ -185,11 +192,13 @@ class Engine:
             "embedding_bytes": sum(size for _, size in embeddings.values()),
             "lookups": dict(self._lookups),
             "batches": dict(self._device.batches),
-            "queued": self._device.queued(),
+            "decodes": dict(self._device.decodes),
+            "queued": {stage: tasks.total() for stage, tasks in queues.items()},
+            "queues": {(stage, name): tasks[name] for stage, tasks in queues.items() for name in names},
             "waiting": self._inside,
             "rejected": self._rejected,
             "abandoned": self._abandoned,
-            "memory_shortages": self._device.shortages,
+            "memory_shortages": self._device.shortages + self._shortages,
         }
 
     def state(self) -> str:
@@ -299,6 +308,30 @@ class Engine:
         decoded, took = await asyncio.wrap_future(self._device.decode(task))
         clock.lap("queue", {"decode": took})
         return decoded
+
+    def _made(
+        self,
+        make: Callable[[SamModel, Embedding, Sequence[Decoded]], T],
+        embedded: _Embedded,
+        decoded: Sequence[Decoded],
+    ) -> T:
+        """What ``make`` makes of low-resolution masks; on the CPU where the device has no memory for it."""
+        model, embedding = embedded.resident.model, embedded.embedding
+        try:
+            return make(model, embedding, decoded)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            log.warning("the device has no memory left for full-size masks: %s", error)
+        with self._lock:
+            self._shortages += 1
+        release()  # out of the handler, whose traceback holds the tensors
+        try:
+            return make(model, embedding, [(masks.cpu(), scores.cpu()) for masks, scores in decoded])
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            raise Unavailable("there is not enough memory for this picture's masks; send fewer prompts") from error
 
     async def _on(self, pool: ThreadPoolExecutor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         future: Future[T] = pool.submit(call, *args, **kwargs)

@@ -89,7 +89,7 @@ def click(point: NDArray[np.float64]) -> Prompt:
 
 @torch.inference_mode()
 def sift(
-    model: SamModel, embedding: Embedding, points: NDArray[np.float64], decoded: Sequence[Decoded], grid: Grid
+    model: SamModel, embedding: Embedding, decoded: Sequence[Decoded], *, points: NDArray[np.float64], grid: Grid
 ) -> list[Found]:
     """The masks of some points that pass both filters, where the decoder's tensors are."""
     low_res = torch.cat([masks for masks, _ in decoded])

@@ -20,7 +20,13 @@ from service.deps import State, StateDep
 from service.errors import NotAcceptable, RequestError
 from service.hangup import unless_gone
 from service.images import encode_logits, encode_mask
-from service.routes.segment_docs import EMBED_BODY, EVERYTHING_BODY, SEGMENT_BODY, SEGMENT_RESPONSES
+from service.routes.segment_docs import (
+    EMBED_BODY,
+    EVERYTHING_BODY,
+    PICTURE_RESPONSES,
+    SEGMENT_BODY,
+    SEGMENT_RESPONSES,
+)
 from service.schemas import (
     EmbedRequest,
     EmbedResponse,
@@ -74,7 +80,12 @@ async def segment(request: Request, state: StateDep) -> Response:
     return JSONResponse({**body, "timings": timings}, headers=headers)
 
 
-@router.post("/segment/everything", response_model=EverythingResponse, openapi_extra=EVERYTHING_BODY)
+@router.post(
+    "/segment/everything",
+    response_model=EverythingResponse,
+    openapi_extra=EVERYTHING_BODY,
+    responses=PICTURE_RESPONSES,
+)
 async def everything(request: Request, state: StateDep) -> Response:
     """Return masks of everything that a grid of clicks finds, the best first (SAM's automatic mask generation)."""
     began = time.perf_counter()
@@ -84,8 +95,6 @@ async def everything(request: Request, state: StateDep) -> Response:
         raise RequestError("send either image or image_id")
     if asked.points_per_side > state.settings.max_grid:
         raise RequestError(f"points_per_side: {asked.points_per_side}; at most {state.settings.max_grid} are accepted")
-    if asked.format == "npy":
-        raise RequestError("format: npy is not given for everything; ask for rle, png, polygon or geojson")
     received = time.perf_counter()
     model = await model_file(state, asked.model)
     found = time.perf_counter()
@@ -103,7 +112,7 @@ async def everything(request: Request, state: StateDep) -> Response:
     return JSONResponse(body, headers=_headers(result, timings))
 
 
-@router.post("/embed", response_model=EmbedResponse, openapi_extra=EMBED_BODY)
+@router.post("/embed", response_model=EmbedResponse, openapi_extra=EMBED_BODY, responses=PICTURE_RESPONSES)
 async def embed(request: Request, state: StateDep) -> Response:
     """Make a picture's embedding ahead of its prompts, which then name the picture by its ``image_id``."""
     began = time.perf_counter()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
+from service.asked import PLAIN_FORM
 from service.images import FORMATS
-from service.schemas import EmbedRequest, EverythingRequest, SegmentRequest
+from service.schemas import EmbedRequest, EverythingRequest, FoundFormat, SegmentRequest
 
 _IMAGE = {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP, BMP, TIFF or GIF"}
 _IMAGE_ID = {"type": "string", "description": "instead of the image, while its embedding is held"}
@@ -18,15 +19,14 @@ def _text(description: str, example: str | None = None) -> dict[str, Any]:
 
 def _body(schema: type[SegmentRequest | EverythingRequest | EmbedRequest], form: dict[str, Any]) -> dict[str, Any]:
     properties = {"model": {"type": "string"}, **form}
-    return {
-        "requestBody": {
-            "required": True,
-            "content": {
-                "multipart/form-data": {"schema": {"type": "object", "required": ["model"], "properties": properties}},
-                "application/json": {"schema": _inlined(schema.model_json_schema())},
-            },
-        }
+    content: dict[str, Any] = {
+        "multipart/form-data": {"schema": {"type": "object", "required": ["model"], "properties": properties}},
+        "application/json": {"schema": _inlined(schema.model_json_schema())},
     }
+    if "image_id" in form:
+        named = {name: field for name, field in properties.items() if name != "image"}
+        content[PLAIN_FORM] = {"schema": {"type": "object", "required": ["model", "image_id"], "properties": named}}
+    return {"requestBody": {"required": True, "content": content}}
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
@@ -52,18 +52,24 @@ SEGMENT_BODY = _body(
         "points": _text("[[x, y], …], pixels; also as point_coords", "[[320, 200]]"),
         "labels": _text("[1, 0, …], one a point, default all 1; also as point_labels", "[1]"),
         "box": _text("[x0, y0, x1, y1]; also as bbox"),
-        "mask_input": _text("rows of logits as JSON, or a .npy file in base64"),
+        "mask_input": _text("rows of logits as JSON, or a .npy file, as it is or in base64"),
         "prompts": _text("several prompts as JSON, instead of the fields above", '[{"box": [10, 20, 120, 160]}]'),
         "multimask": {"type": "boolean", "default": False, "description": "also as multimask_output"},
         "format": {"type": "string", "enum": list(FORMATS), "default": "rle"},
     },
 )
+_HEADERS = {
+    "X-Image-Id": {"description": "of the picture, or the first of several", "schema": {"type": "string"}},
+    "Server-Timing": {"description": "milliseconds by stage", "schema": {"type": "string"}},
+}
+PICTURE_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"headers": _HEADERS}}
 SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
+        "headers": _HEADERS,
         "content": {
             "image/png": {"schema": {"type": "string", "format": "binary"}},
             "application/geo+json": {"schema": {"type": "object", "description": "a FeatureCollection"}},
-        }
+        },
     }
 }
 EVERYTHING_BODY = _body(
@@ -76,7 +82,7 @@ EVERYTHING_BODY = _body(
         "stability_score_thresh": {"type": "number", "default": 0.95},
         "stability_score_offset": {"type": "number", "default": 1.0},
         "box_nms_thresh": {"type": "number", "default": 0.7},
-        "format": {"type": "string", "enum": [form for form in FORMATS if form != "npy"], "default": "rle"},
+        "format": {"type": "string", "enum": list(get_args(FoundFormat)), "default": "rle"},
     },
 )
 EMBED_BODY = _body(EmbedRequest, {"image": _IMAGE})

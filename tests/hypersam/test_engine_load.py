@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hypersam.compression import compress
-from hypersam.engine import Engine, ModelFile, Prompt, Segmentation
+from hypersam.engine import Engine, Grid, ModelFile, Prompt, Segmentation
 from hypersam.engine.cache import EmbeddingCache
 from hypersam.errors import Overloaded, PromptError, Unavailable, UnknownImage
 from hypersam.sam.model import Embedding, SamModel
@@ -95,6 +95,9 @@ def test_pictures_that_wait_are_encoded_together(
         rest = [asyncio.create_task(engine.segment(file, picture(n), [POINT], multimask=False)) for n in range(1, 6)]
         stranger = asyncio.create_task(engine.segment(other, picture(0), [POINT], multimask=False))
         await until(lambda: engine.stats()["queued"]["encode"] == 6)
+        assert engine.stats()["queues"] == {
+            ("encode", "a"): 5, ("encode", "b"): 1, ("decode", "a"): 0, ("decode", "b"): 0,
+        }  # fmt: skip
         gate.open()
         answers = await asyncio.gather(first, *rest)
         await stranger
@@ -153,6 +156,8 @@ def test_prompts_on_one_picture_are_decoded_together(
 
     answers = asyncio.run(crowd())
     assert sorted(calls) == [1, 6]
+    # The first six in one call, the lone one of the busy picture, and six requests' in one call again.
+    assert engine.stats()["decodes"] == {("a", 6): 2, ("a", 1): 1}
     for answer, mask in zip(answers, wanted, strict=True):
         assert np.array_equal(answer.masks[0].mask, mask.mask)
 
@@ -404,3 +409,80 @@ def test_no_memory_to_load_evicts_and_tries_again(
     monkeypatch.setattr(residency, "load_model", short)
     assert engine.segment_sync(files[0], picture(), [POINT], multimask=True).masks
     assert tries == [1, 0]
+
+
+def test_masks_too_large_for_the_device_are_made_on_the_cpu(
+    start: Callable[..., Engine], files: tuple[ModelFile, ModelFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, grid = start(), Grid(2, pred_iou_thresh=-1e9, stability_score_thresh=0)
+    wanted = engine.segment_sync(files[0], picture(), [POINT], multimask=True)
+    everything = asyncio.run(engine.everything(files[0], picture(), grid))
+    upscale = SamModel.upscale
+    refused: list[int] = []
+
+    def small(model: SamModel, low_res: torch.Tensor, made: Embedding) -> torch.Tensor:
+        if len(refused) < left:
+            refused.append(1)
+            raise torch.OutOfMemoryError("the test's device holds no more")
+        return upscale(model, low_res, made)
+
+    monkeypatch.setattr(SamModel, "upscale", small)
+    left = 1
+    found = engine.segment_sync(files[0], picture(), [POINT], multimask=True)
+    assert all(np.array_equal(a.mask, b.mask) for a, b in zip(found.masks, wanted.masks, strict=True))
+    left = 2
+    again = asyncio.run(engine.everything(files[0], picture(), grid))
+    assert [each.rle for each in again.masks] == [each.rle for each in everything.masks]
+    assert engine.stats()["memory_shortages"] == 2
+    left = 4
+    with pytest.raises(Unavailable, match="not enough memory"):
+        engine.segment_sync(files[0], picture(), [POINT], multimask=True)
+
+
+def test_the_model_used_last_stays(start: Callable[..., Engine], tmp_path: Path) -> None:
+    models = [make(tmp_path, name, seed) for seed, name in enumerate("abc")]
+    engine = start()
+    for model in models:
+        engine.segment_sync(model, picture(), [POINT], multimask=False)
+    held = {name: model["resident_bytes"] for name, model in engine.stats()["models"].items()}
+    engine = start(resident_bytes=held["a"] + max(held["b"], held["c"]))
+    for number in (0, 1, 0, 2):
+        engine.segment_sync(models[number], picture(), [POINT], multimask=False)
+    assert [name for name, model in engine.stats()["models"].items() if model["resident_bytes"]] == ["a", "c"]
+    engine.segment_sync(models[0], picture(), [POINT], multimask=False)
+    assert engine.stats()["model_loads"] == 3
+
+
+def test_a_model_that_the_device_cannot_run_moves_to_the_cpu(
+    start: Callable[..., Engine], files: tuple[ModelFile, ModelFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The device is the CPU by another name, and has memory to hold models and none to run them."""
+    wanted = start().segment_sync(files[0], picture(), [POINT], multimask=True)
+    device = torch.device("cpu", 0)
+    assert device != torch.device("cpu")
+    monkeypatch.setattr("hypersam.engine.engine.resolve_device", lambda name: device)
+    encode, decode = SamModel.embed_batch, SamModel.decode
+
+    def embed_batch(model: SamModel, pictures: Sequence[Any]) -> list[Embedding]:
+        if model.device == device:
+            raise torch.OutOfMemoryError("the test's device holds no more")
+        return encode(model, pictures)
+
+    def failing_decode(model: SamModel, *rest: Any, **named: Any) -> Any:
+        if model.device == device:
+            raise torch.OutOfMemoryError("the test's device holds no more")
+        return decode(model, *rest, **named)
+
+    monkeypatch.setattr(SamModel, "embed_batch", embed_batch)
+    engine = start()
+    found = engine.segment_sync(files[0], picture(), [POINT], multimask=True)
+    assert engine.stats()["memory_shortages"] == 2
+    engine.segment_sync(files[0], picture(1), [POINT], multimask=True)
+    assert engine.stats()["memory_shortages"] == 2  # it stays there
+    monkeypatch.setattr(SamModel, "embed_batch", encode)
+    monkeypatch.setattr(SamModel, "decode", failing_decode)
+    engine = start()
+    again = engine.segment_sync(files[0], picture(), [POINT], multimask=True)
+    for masks in (found.masks, again.masks):
+        assert all(np.array_equal(a.mask, b.mask) for a, b in zip(masks, wanted.masks, strict=True))
+    assert engine.stats()["memory_shortages"] == 2

@@ -46,7 +46,8 @@ def test_ready_and_metrics(api: Api, model: str) -> None:
     assert f'hypersam_segment_stage_seconds_count{{model="{model}",stage="encode"}}' in text
     assert f'hypersam_batch_size_bucket{{le="1.0",model="{model}"}}' in text
     assert f'hypersam_embedding_lookups_total{{model="{model}",result="miss"}}' in text
-    assert 'hypersam_queue_length{stage="encode"} 0.0' in text
+    assert f'hypersam_decode_batch_size_bucket{{le="1.0",model="{model}"}}' in text
+    assert f'hypersam_queue_length{{model="{model}",stage="encode"}} 0.0' in text
     values = {name: float(value) for name, _, value in (line.rpartition(" ") for line in text.splitlines())
               if not name.startswith("#")}  # fmt: skip
     assert values[f'hypersam_resident_bytes{{model="{model}"}}'] > 0
@@ -65,7 +66,7 @@ def test_the_page_and_the_description(api: Api) -> None:
     assert form["required"] == ["file"]
     assert {"file", "name", "variant", "codec", "options"} <= set(form["properties"])
     segment = paths["/segment"]["post"]["requestBody"]["content"]
-    assert set(segment) == {"multipart/form-data", "application/json"}
+    assert set(segment) == {"multipart/form-data", "application/json", "application/x-www-form-urlencoded"}
     assert api.http.get("/docs").status_code == 200
 
 

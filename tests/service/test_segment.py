@@ -282,7 +282,10 @@ def test_bad_requests(api: Api, model: str) -> None:
 def test_a_deleted_model_is_gone_at_once(api: Api, other_checkpoint: Path) -> None:
     api.make_model(other_checkpoint, "short-lived")
     answer = ask(api, "short-lived", points=[[1, 1]]).json()
-    api.http.delete("/models/short-lived")
+    assert 'hypersam_resident_bytes{model="short-lived"}' in api.http.get("/metrics").text
+    assert api.http.delete("/models/short-lived").status_code == 204
+    assert 'hypersam_resident_bytes{model="short-lived"}' not in api.http.get("/metrics").text
+    assert_problem(api.http.delete("/models/short-lived"), 404, "unknown_model")
     body = {"model": "short-lived", "image_id": answer["image_id"], "prompts": [{"box": [0, 0, 5, 5]}]}
     assert_problem(api.http.post("/segment", json=body), 404, "unknown_model")
 

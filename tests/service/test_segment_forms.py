@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco
+from pydantic import AliasChoices
 
 from hypersam.images import from_rle, to_npy
+from service.schemas import SegmentRequest
 from tests.models import TINY
 from tests.service.running import Api, assert_problem, picture
 
@@ -45,6 +47,7 @@ def test_aliases_mean_the_same(api: Api, model: str) -> None:
         {"points": points, "labels": labels, "bbox": box},
         {"points": [*points, [10, 10], [60, 50]], "point_labels": [1, 0, 2, 3]},  # osam's corners
         {"points": [*points, [1, 1], [60, 50], [10, 10]], "point_labels": [1, 0, -1, 3, 2]},
+        {"points": points, "labels": labels, "box": box, "mask_input": None},
     ):
         assert np.array_equal(masks(api, model, image=image, prompts=[prompt])[0], wanted[0]), prompt
         assert np.array_equal(masks(api, model, image=image, **prompt)[0], wanted[0]), prompt  # beside the picture
@@ -52,6 +55,40 @@ def test_aliases_mean_the_same(api: Api, model: str) -> None:
         form = api.http.post("/segment", files={"image": picture()}, data={"model": model, **fields}).json()
         assert np.array_equal(from_rle(form["masks"][0]["segmentation"]), wanted[0]), prompt
     assert len(masks(api, model, image=image, multimask_output=True, **CLICK)) == 3
+    (alone,) = masks(api, model, image=image, box=box)
+    for nothing in ([], None):
+        prompt = {"point_coords": nothing, "point_labels": nothing, "bbox": box}
+        assert np.array_equal(masks(api, model, image=image, **prompt)[0], alone)
+        fields = {name: json.dumps(value) for name, value in prompt.items()}
+        form = api.http.post("/segment", files={"image": picture()}, data={"model": model, **fields}).json()
+        assert np.array_equal(from_rle(form["masks"][0]["segmentation"]), alone)
+
+
+def test_base64_with_line_breaks(api: Api, model: str) -> None:
+    (wanted,) = masks(api, model, image=b64(picture()), **CLICK)
+    for image in (base64.encodebytes(picture()).decode(), "data:image/png;base64,\r\n" + b64(picture()) + "\r\n"):
+        assert np.array_equal(masks(api, model, image=image, **CLICK)[0], wanted)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        {"points": [[30, 20]], "labels": [0]},  # what is not wanted, alone
+        {"points": [[0, 0], [96, 64]], "labels": [1, 1]},
+        {"points": [[95.99, 0.25]], "box": [0, 0, 96, 64]},
+        {"box": [12.25, 3.5, 12.75, 63.125]},
+    ],
+)
+def test_what_is_said_of_a_mask_is_true_of_it(api: Api, model: str, prompt: dict[str, Any]) -> None:
+    response = post(api, model=model, image=b64(picture()), multimask=True, **prompt)
+    assert response.status_code == 200, response.text
+    found = response.json()["masks"]
+    assert len(found) == 3
+    for mask in found:
+        rle = mask["segmentation"]
+        assert rle["size"] == [64, 96]
+        assert mask["area"] == coco.area(rle) == from_rle(rle).sum()
+        assert mask["bbox"] == coco.toBbox(rle).tolist()
 
 
 def test_several_prompts_in_a_form(api: Api, model: str) -> None:
@@ -142,8 +179,15 @@ def test_logits_come_back_as_a_mask_input(api: Api, model: str) -> None:
         data={"model": model, "points": "[[30, 20]]", "mask_input": first["segmentation"]},
     ).json()  # fmt: skip
     assert form["masks"] == as_npy
-    three = post(api, model=model, image=image, mask_input=b64(to_npy(logits[None])), **CLICK).json()["masks"]
-    assert three == as_npy
+    for three in (b64(to_npy(logits[None])), logits[None].tolist()):
+        assert post(api, model=model, image=image, mask_input=three, **CLICK).json()["masks"] == as_npy
+    # A larger model's rows of digits take more than the megabyte that other fields may have.
+    rows = json.dumps(logits.tolist()) + " " * (1 << 20)
+    for part in ((None, rows), ("a.npy", to_npy(logits)), ("a.npy", to_npy(logits[None]))):
+        files: Any = {"image": picture(), "mask_input": part}
+        form = api.http.post("/segment", files=files, data={"model": model, "points": "[[30, 20]]"})
+        assert form.status_code == 200, form.text
+        assert form.json()["masks"] == as_npy
 
 
 def npy(array: np.ndarray) -> str:
@@ -237,6 +281,19 @@ def test_an_embedding_made_ahead(api: Api, model: str) -> None:
     assert (again["cached"], again["image_id"]) == (True, made["image_id"])
     answer = post(api, model=model, image_id=made["image_id"], **CLICK).json()
     assert answer["cached"] is True
+    # Without a file, clients' libraries send a form in the other coding.
+    plain = {"model": model, "image_id": made["image_id"]}
+    form = api.http.post("/segment", data={**plain, "points": "[[30, 20]]", "labels": "[1]"})
+    assert form.request.headers["content-type"] == "application/x-www-form-urlencoded"
+    assert form.json()["masks"] == answer["masks"]
+    loose = {"points_per_side": "2", "pred_iou_thresh": "-10", "stability_score_thresh": "0", "box_nms_thresh": "1"}
+    assert len(api.http.post("/segment/everything", data={**plain, **loose}).json()["masks"]) == 12
+    for bad in ({**plain, "colour": "red"}, {**plain, "model": ["a", "b"]}, {"model": model, "image": "x"}):
+        assert_problem(api.http.post("/segment", data=bad), 422, "invalid_request")
+    kind = {"Content-Type": "application/x-www-form-urlencoded"}
+    as_json = api.http.post("/segment", content=json.dumps({**plain, **CLICK}), headers=kind)
+    assert "application/json" in assert_problem(as_json, 415, "unsupported_media_type")["detail"]
+    assert_problem(api.http.post("/segment", content=b"model=%ff", headers=kind), 422, "invalid_request")
     assert_problem(api.http.post("/embed", files={"model": (None, model)}), 422, "invalid_request")
 
 
@@ -255,6 +312,17 @@ def test_openapi_describes_the_bodies(api: Api) -> None:
         content = document["paths"][path]["post"]["requestBody"]["content"]
         assert content["application/json"]["schema"]["type"] == "object"
     assert "$ref" not in json.dumps(document["paths"]["/segment"]["post"]["requestBody"])
+    everything = document["paths"]["/segment/everything"]["post"]["requestBody"]["content"]
+    for content in everything.values():
+        assert content["schema"]["properties"]["format"]["enum"] == ["rle", "png", "polygon", "geojson"]
+    segment = document["paths"]["/segment"]["post"]
+    said = segment["requestBody"]["content"]["application/json"]["schema"]["properties"]
+    for name, field in SegmentRequest.model_fields.items():
+        if isinstance(field.validation_alias, AliasChoices):
+            others = {str(choice) for choice in field.validation_alias.choices} - {name}
+            assert all(f"also as {other}" in said[name]["description"] for other in others), name
+    assert segment["responses"]["5XX"]["headers"]["Retry-After"]["schema"]["type"] == "integer"
+    assert "errors" in document["components"]["schemas"]["Problem"]["properties"]
 
 
 def test_who_hangs_up_is_let_go(api: Api, model: str) -> None:
