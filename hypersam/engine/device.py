@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 _FEW = 1 << 18
-"""Numbers of an embedding under which one core decodes prompts faster than several that wake one another; SAM's has
-four times as many."""
+"""Numbers of an embedding, times the prompts, under which one core decodes faster than several that wake one another;
+SAM's has four times as many."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,7 +223,7 @@ class DeviceThread:
 
     def _decode(self, task: Decode, prompts: Sequence[Prompt]) -> list[Decoded]:
         """The same steps down as for pictures."""
-        use_cores(1 if task.embedding.features.numel() < _FEW else self._cores)
+        use_cores(1 if len(prompts) * task.embedding.features.numel() < _FEW else self._cores)
         resident = task.resident
         for at_once in (AT_ONCE, 1):
             decoded = self._attempt(lambda n=at_once: self._call_decoder(resident, task, prompts, n))  # type: ignore[misc]
