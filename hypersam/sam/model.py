@@ -18,6 +18,10 @@ from hypersam.errors import PromptError, UnsupportedPrompt
 from hypersam.sam.network import Features, Prompts, SamNetwork
 from hypersam.sam.registry import VARIANTS, family_row
 
+_IN_CACHE = 1 << 20
+"""Numbers of an embedding, times the prompts, of which a CPU's caches hold what decoding makes. Beyond that, and SAM's
+is there with one prompt, more prompts at once take longer than one after another."""
+
 
 @dataclass(frozen=True)
 class Embedding:
@@ -77,7 +81,11 @@ class SamModel:
     def embed_batch(self, pictures: Sequence[tuple[Tensor, tuple[int, int]]]) -> list[Embedding]:
         """The same for several pictures in one call of the encoder, each with its original (height, width)."""
         inputs = [self.rules.normalised(p.to(self.device, torch.float32), self.image_size) for p, _ in pictures]
-        parts = [part.float() for part in self.network.encode(torch.cat(inputs).to(self.dtype))]
+        # Decoders go from pixel to pixel: the channels of each lie together.
+        parts = [
+            part.to(torch.float32, memory_format=torch.channels_last)
+            for part in self.network.encode(torch.cat(inputs).to(self.dtype))
+        ]
         alone = len(pictures) == 1
         return [
             # A slice would keep the whole batch in memory for as long as one of its pictures is remembered.
@@ -118,8 +126,15 @@ class SamModel:
             raise UnsupportedPrompt(refused[1], field=refused[0])
         prompts = Prompts(points, boxes, mask_input)
         multimask = multimask or self._always_multimask
-        masks, iou = self.network.decode(embedding.parts, prompts, multimask=multimask)
-        return masks.float(), iou.float()
+        each = prompts.count
+        if self.device.type == "cpu":
+            each = max(1, _IN_CACHE // embedding.features.numel())
+        decoded = [
+            self.network.decode(embedding.parts, prompts[start : start + each], multimask=multimask)
+            for start in range(0, prompts.count, each)
+        ]
+        masks, iou = (torch.cat(some).float() for some in zip(*decoded, strict=True))
+        return masks, iou
 
     @torch.inference_mode()
     def upscale(self, low_res: Tensor, embedding: Embedding) -> Tensor:

@@ -35,6 +35,17 @@ class Prompts:
     boxes: Tensor | None = None
     masks: Tensor | None = None
 
+    @property
+    def count(self) -> int:
+        """B."""
+        return len(next(t for t in (self.points and self.points[0], self.boxes, self.masks) if t is not None))
+
+    def __getitem__(self, some: slice) -> Prompts:
+        """Some of them."""
+        points = None if self.points is None else (self.points[0][some], self.points[1][some])
+        boxes, masks = (None if t is None else t[some] for t in (self.boxes, self.masks))
+        return Prompts(points, boxes, masks)
+
 
 class Config(Protocol):
     """Sizes of a network, as an artifact keeps them."""

@@ -78,8 +78,15 @@ class LongestSide(Rules):
 
     def upscaled(self, low_res: Tensor, original: Size, inner: Size, side: int) -> Tensor:
         """Bilinear to the input's size, the padding cut off, bilinear to the picture's."""
-        full = F.interpolate(low_res, (side, side), mode="bilinear", align_corners=False)
-        return F.interpolate(full[..., : inner[0], : inner[1]], original, mode="bilinear", align_corners=False)
+        full = bilinear(low_res, (side, side))
+        return bilinear(full[..., : inner[0], : inner[1]], original)
+
+
+def bilinear(masks: Tensor, size: Size) -> Tensor:
+    """(B, M, h, w) to (B, M, *size). Each mask is a picture of its own: as channels of one, PyTorch would turn them
+    round and back where one thread does it, in two to three times the time."""
+    alone = masks.flatten(0, 1)[:, None]
+    return F.interpolate(alone, size, mode="bilinear", align_corners=False).view(*masks.shape[:2], *size)
 
 
 LONGEST_SIDE = LongestSide()
@@ -106,7 +113,7 @@ class Sam2Rules(Stretched):
 
     def upscaled(self, low_res: Tensor, original: Size, inner: Size, side: int) -> Tensor:
         """Bilinear, in one step."""
-        return F.interpolate(low_res, original, mode="bilinear", align_corners=False)
+        return bilinear(low_res, original)
 
     def kept(self, low_res: Tensor) -> Tensor:
         """Between -32 and 32."""

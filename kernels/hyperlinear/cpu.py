@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -85,6 +86,8 @@ def blockwise(
 ) -> Tensor:
     """``x`` (…, in) times a weight that ``rows`` decodes ``block`` output rows at a time, plus ``bias``."""
     kind = operand(x)
+    if out is None and block >= out_features > 0 and x.numel():
+        return F.linear(x.to(kind), rows(0, out_features).to(kind), None if bias is None else bias.to(kind)).to(x.dtype)
     flat = x.reshape(-1, x.shape[-1]).to(kind)
     if out is None:
         out = torch.empty((flat.shape[0], out_features), dtype=kind, device=x.device)

@@ -59,6 +59,8 @@ def linear(
 
 def block_bounds(index: Tensor, out_features: int, columns: int, block: int) -> list[int]:
     """Where among ascending flat positions those of each block of rows begin, and where the last ones end."""
+    if block >= out_features:
+        return [0, len(index)]
     starts = torch.arange(0, out_features + block, block).clamp_(max=out_features) * columns
     bounds: list[int] = torch.searchsorted(index, starts).tolist()
     return bounds

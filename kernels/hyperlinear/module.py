@@ -68,8 +68,19 @@ class HyperLinear(nn.Module, ABC):
         """(…, in) → (…, out), in ``x``'s dtype."""
 
     @abstractmethod
+    def _decoded(self) -> Tensor:
+        """The weight (out, in) in fp32."""
+
     def dense(self) -> Tensor:
         """The decoded weight (out, in), bit for bit as the codec decodes it. Nothing keeps it."""
+        return self._decoded().to(self.weight_dtype)
+
+    def transposed(self, x: Tensor) -> Tensor:
+        """``x`` (…, out) times the weight, not its transpose, without the bias: (…, in), in ``x``'s dtype.
+
+        The weight is decoded as a whole, which suits layers of a decoder's size.
+        """
+        return x @ self._decoded().to(x.dtype)
 
     def resident_bytes(self) -> int:
         """Bytes that the layer holds."""
@@ -125,9 +136,8 @@ class BirkhoffLinear(HyperLinear):
         result: Tensor = birkhoff_linear(x, self.indices, self.pairs, self.bias, self.int8)
         return result
 
-    def dense(self) -> Tensor:
-        """The decoded weight."""
-        return naive.dense(self.indices, self.pairs, self.in_features).contiguous().to(self.weight_dtype)
+    def _decoded(self) -> Tensor:
+        return naive.dense(self.indices, self.pairs, self.in_features).contiguous()
 
 
 class LatticeLinear(HyperLinear):
@@ -165,9 +175,8 @@ class LatticeLinear(HyperLinear):
         result: Tensor = lattice_linear(x, self.levels, self.step, self.index, self.values, self.bias, self.int8)
         return result
 
-    def dense(self) -> Tensor:
-        """The decoded weight."""
-        return lattice_product.dense(self.levels, self.step, self.index, self.values).to(self.weight_dtype)
+    def _decoded(self) -> Tensor:
+        return lattice_product.dense(self.levels, self.step, self.index, self.values)
 
 
 class StreamLinear(HyperLinear):
@@ -201,12 +210,11 @@ class StreamLinear(HyperLinear):
         )  # fmt: skip
         return result
 
-    def dense(self) -> Tensor:
-        """The decoded weight."""
+    def _decoded(self) -> Tensor:
         held = stream_product.Stream(
             self.words, self.states, self.classes, self.escapes, self.starts, self.columns, self.step, self.beta
         )
-        return stream_product.dense(held, self.in_features).to(self.weight_dtype)
+        return stream_product.dense(held, self.in_features)
 
 
 class OrbitLinear(HyperLinear):
@@ -251,9 +259,14 @@ class OrbitLinear(HyperLinear):
         )  # fmt: skip
         return result
 
-    def dense(self) -> Tensor:
-        """The decoded weight."""
-        weight = orbit_product.Weight(
+    def _decoded(self) -> Tensor:
+        return orbit_product.dense(self._weight())
+
+    def transposed(self, x: Tensor) -> Tensor:
+        """``x`` (…, out) times the weight: (…, in)."""
+        return orbit_product.transposed(x, self._weight()) if x.device.type == "cpu" else super().transposed(x)
+
+    def _weight(self) -> orbit_product.Weight:
+        return orbit_product.Weight(
             self.codes, self.bits, self.table, self.scales, self.block, self.signs, self.index, self.values
         )
-        return orbit_product.dense(weight).to(self.weight_dtype)

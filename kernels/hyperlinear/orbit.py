@@ -124,6 +124,23 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, *, scratch_bytes: int
     return blockwise(turned, rows, out_features, block, bias).to(x.dtype)
 
 
+def transposed(x: Tensor, weight: Weight) -> Tensor:
+    """``x`` (…, out) times the weight: (…, in) in ``x``'s dtype, on the CPU. The product is turned back, not the
+    weight."""
+    out_features, columns = weight.codes.shape[0], weight.columns
+    levels = torch.empty((out_features, columns), dtype=torch.int8)
+    weight.levels(0, out_features, levels)
+    made = torch.empty((out_features, columns))
+    scale_rows(levels, weight.scales.view(torch.float32), made)
+    # A weight has a rotation or outliers, never both.
+    made.view(-1).index_add_(0, weight.index, weight.values.view(torch.float32))
+    product = x @ made.to(x.dtype)
+    if weight.block > 1:
+        blocks = product.unflatten(-1, (-1, weight.block)) @ hadamard(weight.block).to(product)
+        product = blocks.flatten(-2) * weight.signs
+    return product
+
+
 def rotated(x: Tensor, block: int, signs: Tensor) -> Tensor:
     """``x`` (…, n) with its signs changed and each block of ``block`` turned, in ``operand``'s dtype."""
     if block == 1:

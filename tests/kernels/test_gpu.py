@@ -334,6 +334,9 @@ def test_layers_on_the_device(kind: str, int8: bool) -> None:
     for rows, dtype in itertools.product((1, 7, 64, 196, 4900), BOUNDS):
         x = torch.randn(rows, 256, device=DEVICE).to(dtype)
         expect_close(made(x), made, x, int8=int8 and dtype != torch.float32)
+    back = torch.randn(56, 768, device=DEVICE)
+    expected = back.double() @ made.dense().double()
+    assert float((made.transposed(back).double() - expected).norm() / expected.norm()) < BOUNDS[torch.float32][0]
 
 
 @pytest.mark.gpu
@@ -341,12 +344,12 @@ def test_nothing_waits_for_the_device() -> None:
     layers = sam_layers()
     x = torch.randn(300, 256, device=DEVICE, dtype=torch.bfloat16)
     for made in layers:
-        made(x)
+        made.transposed(made(x))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         for made in layers:
-            made(x)
+            made.transposed(made(x))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

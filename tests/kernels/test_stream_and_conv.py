@@ -167,6 +167,18 @@ def test_a_rotation_is_undone_on_either_side(tokens: int, out_features: int, dty
     assert error(HyperLinear.from_encoded(encoded, bias)(x), expected) <= BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["lattice", "stream", "birkhoff", "orbit 3r", "orbit 5-"])
+def test_the_weight_itself_as_a_factor(kind: str, dtype: torch.dtype) -> None:
+    encoded = coded("lattice" if kind == "stream" else kind, 60, 132)
+    x = torch.randn(2, 7, 60).to(dtype)
+    made = HyperLinear.from_encoded(encoded, torch.randn(60), stream=kind == "stream")
+    got = made.transposed(x)
+    assert got.dtype == dtype
+    assert error(got, x.double() @ decode(encoded).double()) <= BOUNDS[dtype]
+    assert made.transposed(x[:, :0]).shape == (2, 0, 132)
+
+
 @pytest.mark.parametrize("rows", [1, 2, 3, 1000])
 def test_rows_are_shared_out_once_each(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)

@@ -1,6 +1,7 @@
 """Prompt encoder and mask decoder of SAM, shared by the families that changed only the image encoder.
 
-Both are segment-anything's own classes (Kirillov et al. 2023), whose sizes are read off the shapes.
+Their layers are segment-anything's (Kirillov et al. 2023), their sizes are read off the shapes, and how they are
+computed is in ``mask_decoder``.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from typing import Any
 from torch import Tensor
 
 from hypersam.errors import LayoutMismatch
+from hypersam.sam.families.mask_decoder import MaskDecoder, PromptEncoder, TwoWayTransformer
 from hypersam.sam.families.shapes import Shapes
 from hypersam.sam.network import Features, Prompts, SamNetwork
-from hypersam.sam.official import MaskDecoder, PromptEncoder, TwoWayTransformer
 from hypersam.sam.rules import LONGEST_SIDE
 
 HEADS = 8
@@ -62,7 +63,7 @@ def prompt_encoder(config: DecoderConfig, *, grid: int, image_size: int) -> Prom
 
 
 def decoder_arguments(config: DecoderConfig) -> dict[str, Any]:
-    """What segment-anything's ``MaskDecoder``, or a class derived from it, is made with."""
+    """What a ``MaskDecoder``, or a class derived from it, is made with."""
     return {
         "num_multimask_outputs": config.multimask_outputs,
         "transformer": TwoWayTransformer(
@@ -75,7 +76,7 @@ def decoder_arguments(config: DecoderConfig) -> dict[str, Any]:
 
 
 def mask_decoder(config: DecoderConfig) -> MaskDecoder:
-    """SAM's own."""
+    """SAM's."""
     return MaskDecoder(**decoder_arguments(config))
 
 
@@ -98,25 +99,27 @@ class SamDecoding(SamNetwork):
 
     def decode(self, features: Features, prompts: Prompts, *, multimask: bool) -> tuple[Tensor, Tensor]:
         """Three masks with ``multimask``, else the one that has a token of its own."""
-        masks, iou = self.every_mask(features, prompts)
-        chosen = slice(1, None) if multimask else slice(0, 1)
-        return masks[:, chosen], iou[:, chosen]
+        return self.mask_decoder.masks(**self.asked(features, prompts), which=slice(1, None) if multimask else slice(1))
 
     def every_mask(self, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """The single mask, then the three."""
-        answer: tuple[Tensor, Tensor] = self.mask_decoder.predict_masks(**self.asked(features, prompts))
-        return answer
+        return self.mask_decoder.masks(**self.asked(features, prompts), which=slice(None))
 
     def asked(self, features: Features, prompts: Prompts) -> Mapping[str, Tensor]:
         """The mask decoder's arguments."""
-        encoder = self.prompt_encoder
-        sparse, dense = encoder(points=prompts.points, boxes=prompts.boxes, masks=prompts.masks)
-        return {
-            "image_embeddings": features[0],
-            "image_pe": encoder.get_dense_pe(),
-            "sparse_prompt_embeddings": sparse,
-            "dense_prompt_embeddings": dense,
-        }
+        return asked(self.prompt_encoder, features[0], prompts)
+
+
+def asked(encoder: PromptEncoder, embedding: Tensor, prompts: Prompts) -> dict[str, Tensor]:
+    """What the mask decoder takes for B prompts on one picture."""
+    sparse, dense = encoder(points=prompts.points, boxes=prompts.boxes, masks=prompts.masks)
+    return {
+        "embedding": embedding,
+        "positions": encoder.positions(),
+        "sparse": sparse,
+        # Without masks all prompts have the same.
+        "dense": dense if prompts.masks is not None else dense[:1],
+    }
 
 
 def resized_prompts(original: PromptEncoder, made: PromptEncoder, *, grid: int, side: int) -> None:

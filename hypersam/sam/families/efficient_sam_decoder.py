@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hypersam.sam.families.decoder import HEADS
+from hypersam.sam.families.mask_decoder import plus_tokens, to_pixels
 from hypersam.sam.network import Prompts
 from hypersam.sam.official import PositionEmbeddingRandom
 
@@ -137,10 +138,10 @@ class _TwoWayTransformer(nn.Module):
 
     def forward(self, embedding: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         image, where = (t.flatten(2).transpose(1, 2) for t in (embedding, positions))
-        queries, keys = tokens, image.expand(tokens.shape[0], -1, -1)
+        queries, keys = tokens, image
         for layer in self.layers:
             queries, keys = layer(queries, keys, tokens, where)
-        found = self.final_attn_token_to_image(queries + tokens, keys + where, keys)
+        found = to_pixels(self.final_attn_token_to_image, HEADS, queries + tokens, keys + where, keys)
         return self.norm_final_attn(queries + found), keys
 
 
@@ -161,9 +162,11 @@ class _TwoWayBlock(nn.Module):
         if not self.first:
             queries = queries + tokens
         queries = self.norm1(queries + self.self_attn(queries, queries, queries))
-        queries = self.norm2(queries + self.cross_attn_token_to_image(queries + tokens, keys + where, keys))
+        placed = keys + where
+        queries = self.norm2(queries + to_pixels(self.cross_attn_token_to_image, HEADS, queries + tokens, placed, keys))
         queries = self.norm3(queries + self.mlp(queries))
-        keys = self.norm4(keys + self.cross_attn_image_to_token(keys + where, queries + tokens, queries))
+        told = self.cross_attn_image_to_token
+        keys = self.norm4(plus_tokens(keys, told, HEADS, placed, queries + tokens, queries))
         return queries, keys
 
 

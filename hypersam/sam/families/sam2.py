@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from hypersam.errors import LayoutMismatch
-from hypersam.sam.families.decoder import DecoderConfig, decoder_arguments, resized_prompts
+from hypersam.sam.families.decoder import DecoderConfig, asked, decoder_arguments, resized_prompts
 from hypersam.sam.families.hiera import STAGES, STRIDE, ImageEncoder
+from hypersam.sam.families.mask_decoder import MaskDecoder, PromptEncoder, in_place
 from hypersam.sam.families.shapes import Shapes, checked
 from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, Prompts, SamNetwork, shell
-from hypersam.sam.official import MLP, MaskDecoder, PromptEncoder
+from hypersam.sam.official import MLP
 from hypersam.sam.rules import Sam2Rules
 
 _TRUNK = "image_encoder.trunk."
@@ -185,19 +186,21 @@ class Sam2(SamNetwork):
     def decode(self, features: Features, prompts: Prompts, *, multimask: bool) -> tuple[Tensor, Tensor]:
         """Three masks with ``multimask``, else the single one where it is stable and the best of the three where it
         is not, as the original's image predictor does."""
-        masks, iou = self.every_mask(features, prompts)
         if multimask:
-            return masks[:, 1:], iou[:, 1:]
+            return self._masks(features, prompts, slice(1, None))
+        masks, iou = self.every_mask(features, prompts)
         best = 1 + iou[:, 1:].argmax(1, keepdim=True)
         chosen = torch.where(stability(masks[:, :1]) >= _STABLE, 0, best)
         return masks.take_along_dim(chosen[..., None, None], 1), iou.take_along_dim(chosen, 1)
 
     def every_mask(self, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """The single mask, then the three."""
+        return self._masks(features, prompts, slice(None))
+
+    def _masks(self, features: Features, prompts: Prompts, which: slice) -> tuple[Tensor, Tensor]:
         embedding, finest, finer = features
-        sparse, dense = self.sam_prompt_encoder(points=prompts.points, boxes=prompts.boxes, masks=prompts.masks)
-        positions = self.sam_prompt_encoder.get_dense_pe()
-        return self.sam_mask_decoder.every_mask(embedding, finest, finer, positions, sparse, dense)
+        question = asked(self.sam_prompt_encoder, embedding, prompts)
+        return self.sam_mask_decoder.finer_masks(finer, finest, **question, which=which)
 
     def affordable_side(self) -> int:
         """At most 256 pixels."""
@@ -227,7 +230,7 @@ def stability(masks: Tensor) -> Tensor:
     return torch.where(outer > 0, inner / outer.clamp(min=1), 1.0)
 
 
-class Sam2PromptEncoder(PromptEncoder):  # type: ignore[misc]
+class Sam2PromptEncoder(PromptEncoder):
     """SAM's, but for the order of tokens: a box's corners, then points, and always a padding point behind them."""
 
     def forward(
@@ -248,7 +251,7 @@ class Sam2PromptEncoder(PromptEncoder):  # type: ignore[misc]
         return torch.cat(tokens, 1), dense
 
 
-class Sam2MaskDecoder(MaskDecoder):  # type: ignore[misc]
+class Sam2MaskDecoder(MaskDecoder):
     """SAM's with a token that tells whether there is an object, and finer features added while it upscales."""
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -263,22 +266,20 @@ class Sam2MaskDecoder(MaskDecoder):  # type: ignore[misc]
         self.conv_s0 = nn.Conv2d(dim, dim // 8, 1)
         self.conv_s1 = nn.Conv2d(dim, dim // 4, 1)
 
-    def every_mask(
-        self, embedding: Tensor, finest: Tensor, finer: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Logits (B, M, 4 g, 4 g) and predicted IoU (B, M) of every token for B prompts on one picture."""
-        count = sparse.shape[0]
+    def finer_masks(
+        self, finer: Tensor, finest: Tensor, embedding: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor,
+        which: slice,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Logits (B, M, 4 g, 4 g) and predicted IoU (B, M) of ``which`` masks for B prompts on one picture.
+
+        ``finer`` (1, C / 4, 2 g, 2 g) and ``finest`` (1, C / 8, 4 g, 4 g) are the image encoder's, the others those of
+        ``MaskDecoder.masks``.
+        """
         own = torch.cat([self.obj_score_token.weight, self.iou_token.weight, self.mask_tokens.weight])
-        image = embedding.expand(count, -1, -1, -1) + dense
-        out, image_out = self.transformer(
-            image, positions.expand(count, -1, -1, -1), torch.cat([own.expand(count, -1, -1), sparse], 1)
-        )
-        first, norm, activate, second, activate_too = self.output_upscaling
-        up = activate(norm(first(image_out.transpose(1, 2).reshape(image.shape)) + finer))
-        up = activate_too(second(up) + finest)
-        weights = [mlp(out[:, 2 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
-        masks = torch.einsum("bmc,bchw->bmhw", torch.stack(weights, 1), up)
-        return masks, self.iou_prediction_head(out[:, 1])
+        tokens, pixels = self.attended(own, embedding, positions, sparse, dense)
+        kernels = self.kernels(tokens[:, 2:], which)
+        masks = in_place(kernels @ self.upscaled(pixels, finer, finest).transpose(1, 2))
+        return masks, self.iou_prediction_head(tokens[:, 1])[:, which]
 
 
 FAMILY = Family(

@@ -11,17 +11,18 @@ from torch import Tensor, nn
 
 from hypersam.errors import LayoutMismatch
 from hypersam.sam.families.decoder import DecoderConfig, SamDecoding, decoder_arguments, read_decoder
+from hypersam.sam.families.mask_decoder import MaskDecoder, in_place
 from hypersam.sam.families.sam_vit import MARK, SamViT, SamViTConfig, read_vit
 from hypersam.sam.families.shapes import Shapes
 from hypersam.sam.family import Family
 from hypersam.sam.network import Features, Prompts
-from hypersam.sam.official import MLP, LayerNorm2d, MaskDecoder
+from hypersam.sam.official import MLP, LayerNorm2d
 
 HQ_MARK = "mask_decoder.hf_token.weight"
 """The token; what has it is a SAM-HQ of some encoder."""
 
 
-class HqMaskDecoder(MaskDecoder):  # type: ignore[misc]
+class HqMaskDecoder(MaskDecoder):
     """SAM's mask decoder with the high-quality token, its perceptron, and the convolutions that make its features.
 
     ``early_dim``: channels of the image encoder's early features.
@@ -47,25 +48,21 @@ class HqMaskDecoder(MaskDecoder):  # type: ignore[misc]
         fine: Tensor = self.embedding_encoder(embedding) + self.compress_vit_feat(early)
         return fine
 
-    def predict_hq_masks(self, fine: Tensor, asked: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """SAM's masks and then the token's, (B, M + 1, 4 g, 4 g), and the predicted IoU (B, M) of SAM's.
+    def hq_masks(
+        self, fine: Tensor, embedding: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor, which: slice
+    ) -> tuple[Tensor, Tensor]:
+        """``which`` of SAM's masks and then the token's, (B, M + 1, 4 g, 4 g), and the predicted IoU (B, M) of SAM's.
 
-        ``asked``: the arguments of ``MaskDecoder.predict_masks``.
+        ``fine``: (1, C / 8, 4 g, 4 g), see ``fine_features``; the others are those of ``MaskDecoder.masks``.
         """
-        prompts, dense = asked["sparse_prompt_embeddings"], asked["dense_prompt_embeddings"]
-        count = prompts.shape[0]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight, self.hf_token.weight])
-        tokens = torch.cat([own.expand(count, -1, -1), prompts], dim=1)
-        image = asked["image_embeddings"].expand(count, -1, -1, -1) + dense
-        positions = asked["image_pe"].expand(count, -1, -1, -1)
-        out, image_out = self.transformer(image, positions, tokens)
-        coarse = self.output_upscaling(image_out.transpose(1, 2).reshape(image.shape))
-        finer = self.embedding_maskfeature(coarse) + fine
-        weights = [mlp(out[:, 1 + i]) for i, mlp in enumerate(self.output_hypernetworks_mlps)]
-        masks = torch.einsum("bmc,bchw->bmhw", torch.stack(weights, 1), coarse)
-        token = out[:, 1 + self.num_mask_tokens]
-        mask = torch.einsum("bc,bchw->bhw", self.hf_mlp(token), finer)
-        return torch.cat([masks, mask[:, None]], 1), self.iou_prediction_head(out[:, 0])
+        tokens, pixels = self.attended(own, embedding, positions, sparse, dense)
+        up = self.upscaled(pixels)
+        masks = in_place(self.kernels(tokens[:, 1:], which) @ up.transpose(1, 2))
+        finer = self.embedding_maskfeature(in_place(up.transpose(1, 2))) + fine
+        kernel = self.hf_mlp(tokens[:, 1 + self.num_mask_tokens])[:, None]
+        mask = (kernel @ finer.flatten(2)).unflatten(2, finer.shape[2:])
+        return torch.cat([masks, mask], 1), self.iou_prediction_head(tokens[:, 0])[:, which]
 
 
 def _four_times_finer(inner: int, between: int, outer: int) -> nn.Sequential:
@@ -90,16 +87,19 @@ class HqDecoding(SamDecoding):
     def decode(self, features: Features, prompts: Prompts, *, multimask: bool) -> tuple[Tensor, Tensor]:
         """One mask: SAM's single one plus the token's, or with ``multimask`` the best of SAM's three plus the
         token's; with the predicted IoU of SAM's."""
-        masks, iou = self.every_mask(features, prompts)
+        masks, iou = self._masks(features, prompts, slice(1, None) if multimask else slice(1))
         sam, token = masks[:, :-1], masks[:, -1:]
         if not multimask:
-            return sam[:, :1] + token, iou[:, :1]
-        best = 1 + iou[:, 1:].argmax(1, keepdim=True)
+            return sam + token, iou
+        best = iou.argmax(1, keepdim=True)
         return sam.take_along_dim(best[..., None, None], 1) + token, iou.take_along_dim(best, 1)
 
     def every_mask(self, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """SAM's single mask, its three, and the token's."""
-        return self.mask_decoder.predict_hq_masks(features[1], self.asked(features, prompts))
+        return self._masks(features, prompts, slice(None))
+
+    def _masks(self, features: Features, prompts: Prompts, which: slice) -> tuple[Tensor, Tensor]:
+        return self.mask_decoder.hq_masks(features[1], **self.asked(features, prompts), which=which)
 
 
 class SamHq(HqDecoding, SamViT):
