@@ -13,6 +13,7 @@ so everything that has a row for every pixel is what a click costs:
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
@@ -87,7 +88,7 @@ class MaskDecoder(official.MaskDecoder):  # type: ignore[misc]
         second.
         """
         first, norm, activate, second, activate_too = self.output_upscaling
-        side = int(pixels.shape[1] ** 0.5)
+        side = math.isqrt(pixels.shape[1])
         up = doubled(first, pixels)
         if finer is not None:
             blocks = finer.permute(0, 2, 3, 1).unflatten(2, (side, 2)).unflatten(1, (side, 2))
@@ -176,15 +177,16 @@ def doubled(convolution: nn.ConvTranspose2d, pixels: Tensor) -> Tensor:
 
 def in_place(masks: Tensor) -> Tensor:
     """(B, M, g·g·16) as ``MaskDecoder.upscaled`` orders them to (B, M, 4 g, 4 g)."""
-    side = int((masks.shape[-1] // 16) ** 0.5)
-    cells = masks.unflatten(2, (side, side, 2, 2, 2, 2))
+    side = math.isqrt(masks.shape[-1] // 16)
+    cells: Tensor = masks.unflatten(2, (side, side, 2, 2, 2, 2))
     return cells.permute(0, 1, 2, 4, 6, 3, 5, 7).reshape(*masks.shape[:2], 4 * side, 4 * side)
 
 
 def _few(tokens: Tensor, attention: Attention, heads: int) -> bool:
     """Whether heads times tokens (B, T, C) are fewer than what pixels would be projected to and the copies that their
     heads take; found by measurement."""
-    return 4 * heads * tokens.shape[1] <= 5 * int(attention.q_proj.out_features)
+    channels: int = attention.q_proj.out_features
+    return 4 * heads * tokens.shape[1] <= 5 * channels
 
 
 def _own_head(projected: Tensor, heads: int) -> Tensor:
