@@ -42,6 +42,10 @@ class Metrics:
             if milliseconds:  # an embedding that was at hand took no encoding
                 self.stages.labels(stage, model).observe(milliseconds / 1000)
 
+    def forget(self, model: str) -> None:
+        """Drop what was counted of a model that is gone: names come and go, and each would stay for ever."""
+        self.stages.remove_by_labels({"model": model})
+
     def text(self, stats: Mapping[str, Any], waiting: int | None, workers: int | None) -> bytes:
         """Return everything in Prometheus's text format. What could not be asked is NaN."""
         self._engine.stats = stats

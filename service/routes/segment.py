@@ -23,6 +23,7 @@ from service.images import encode_logits, encode_mask
 from service.routes.segment_docs import (
     EMBED_BODY,
     EVERYTHING_BODY,
+    FEATURES_RESPONSES,
     PICTURE_RESPONSES,
     SEGMENT_BODY,
     SEGMENT_RESPONSES,
@@ -84,10 +85,13 @@ async def segment(request: Request, state: StateDep) -> Response:
     "/segment/everything",
     response_model=EverythingResponse,
     openapi_extra=EVERYTHING_BODY,
-    responses=PICTURE_RESPONSES,
+    responses=FEATURES_RESPONSES,
 )
 async def everything(request: Request, state: StateDep) -> Response:
-    """Return masks of everything that a grid of clicks finds, the best first (SAM's automatic mask generation)."""
+    """Return masks of everything that a grid of clicks finds, the best first (SAM's automatic mask generation).
+
+    With ``Accept: application/geo+json`` a FeatureCollection.
+    """
     began = time.perf_counter()
     state.engine.check_room()
     asked, image = await read_fields(request, state, EverythingRequest)
@@ -105,11 +109,14 @@ async def everything(request: Request, state: StateDep) -> Response:
     work = state.engine.everything(model, picture_of(image, state), grid, image_id=asked.image_id)
     result = await unless_gone(request, work)
     segmented = time.perf_counter()
-    masks = await to_thread.run_sync(_found, result, asked.format)
+    as_features = _accepted(request) == GEOJSON
+    masks = await to_thread.run_sync(_found, result, "geojson" if as_features else asked.format)
     timings = _timings(result.timings, began, received, found, segmented)
     state.metrics.segmented(asked.model, timings)
-    body = {"model": asked.model, **_picture_answer(result, timings), "masks": masks}
-    return JSONResponse(body, headers=_headers(result, timings))
+    headers = _headers(result, timings)
+    if as_features:
+        return JSONResponse(_collection(masks), headers=headers, media_type=GEOJSON)
+    return JSONResponse({"model": asked.model, **_picture_answer(result, timings), "masks": masks}, headers=headers)
 
 
 @router.post("/embed", response_model=EmbedResponse, openapi_extra=EMBED_BODY, responses=PICTURE_RESPONSES)
@@ -223,7 +230,7 @@ def _body(asked: Asked, results: Sequence[Segmentation], wanted: str | None) -> 
     if wanted == PNG:
         return to_png(result.masks[0].mask)
     if wanted == GEOJSON:
-        return {"type": "FeatureCollection", "features": [_feature(mask) for mask in result.masks]}
+        return _collection([_mask(mask, "geojson") for mask in result.masks])
     answers = [
         {**_picture_answer(each, each.timings), "masks": [_mask(mask, asked.form) for mask in each.masks]}
         for each in results
@@ -235,17 +242,20 @@ def _body(asked: Asked, results: Sequence[Segmentation], wanted: str | None) -> 
 
 def _mask(mask: Mask, form: str) -> dict[str, Any]:
     return {
-        **_properties(mask),
+        "prompt": mask.prompt,
+        "score": float(mask.score),
+        "bbox": list(mask.bbox),
+        "area": mask.area,
         "segmentation": encode_logits(mask.logits) if form == "npy" else encode_mask(mask.mask, form),
     }
 
 
-def _properties(mask: Mask) -> dict[str, Any]:
-    return {"prompt": mask.prompt, "score": float(mask.score), "bbox": list(mask.bbox), "area": mask.area}
-
-
-def _feature(mask: Mask) -> dict[str, Any]:
-    return {"type": "Feature", "geometry": encode_mask(mask.mask, "geojson"), "properties": _properties(mask)}
+def _collection(masks: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """GeoJSON of masks whose segmentation is a geometry; what else is said of them are properties."""
+    features = [
+        {"type": "Feature", "geometry": mask.pop("segmentation"), "properties": mask} for mask in map(dict, masks)
+    ]
+    return {"type": "FeatureCollection", "features": features}
 
 
 def _found(result: Everything, form: str) -> list[dict[str, Any]]:

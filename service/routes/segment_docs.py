@@ -63,13 +63,12 @@ _HEADERS = {
     "Server-Timing": {"description": "milliseconds by stage", "schema": {"type": "string"}},
 }
 PICTURE_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"headers": _HEADERS}}
+_FEATURES = {"application/geo+json": {"schema": {"type": "object", "description": "a FeatureCollection"}}}
+FEATURES_RESPONSES: dict[int | str, dict[str, Any]] = {200: {"headers": _HEADERS, "content": _FEATURES}}
 SEGMENT_RESPONSES: dict[int | str, dict[str, Any]] = {
     200: {
         "headers": _HEADERS,
-        "content": {
-            "image/png": {"schema": {"type": "string", "format": "binary"}},
-            "application/geo+json": {"schema": {"type": "object", "description": "a FeatureCollection"}},
-        },
+        "content": {"image/png": {"schema": {"type": "string", "format": "binary"}}, **_FEATURES},
     }
 }
 EVERYTHING_BODY = _body(

@@ -17,8 +17,8 @@ export function runsOf({ counts }) {
   return runs;
 }
 
-/** Intersection over union of two masks of one size, from their runs alone; 1 where both are empty. */
-export function iou(first, second) {
+/** Of two masks of one size, from their runs alone: intersection over union, 1 where both are empty, and pixels that differ. */
+export function compared(first, second) {
   const ends = [endsOf(runsOf(first)), endsOf(runsOf(second))];
   const index = [0, 0];
   let at = 0, both = 0, either = 0;
@@ -31,7 +31,7 @@ export function iou(first, second) {
     at = next;
     for (const k of [0, 1]) while (ends[k][index[k]] <= at && index[k] < ends[k].length) index[k]++;
   }
-  return either ? both / either : 1;
+  return { iou: either ? both / either : 1, differ: either - both };
 }
 
 function endsOf(runs) {

@@ -1,7 +1,7 @@
 // The picture, the prompts, and one or two models that answer to them.
 
 import { Problem, ask, askJson, isAbort } from "./api.js";
-import { iou } from "./rle.js";
+import { compared } from "./rle.js";
 import { Stage } from "./stage.js";
 import { element, fillSelect, fixed, isOriginal, modelTitle, save, size, times, whole } from "./words.js";
 
@@ -108,6 +108,18 @@ class Panel {
     if (this.#again) await this.ask(true);
   }
 
+  /** The answer to the same prompts in another form; the embedding is made anew where it is no longer held. */
+  async again(format) {
+    try {
+      return await this.question(format);
+    } catch (error) {
+      if (!(error instanceof Problem) || error.code !== "unknown_image") throw error;
+      await this.embed();
+      if (!this.#embedding?.imageId) throw error;
+    }
+    return this.question(format);
+  }
+
   question(format, signal) {
     const { points, box } = this.desk.prompts;
     const body = { model: this.model.id, image_id: this.#embedding.imageId, multimask: points.length === 1 && !box, format };
@@ -119,13 +131,13 @@ class Panel {
   set(masks, took) {
     this.masks = masks;
     this.took = took ?? this.took;
-    this.draw();
     this.desk.answered();
   }
 
-  draw() {
+  /** Draw the chosen mask beside that of the `other` panel, if there is one. */
+  draw(other) {
     const { mask } = this;
-    this.stage.showMask(mask?.segmentation ?? null);
+    this.stage.showMask(mask?.segmentation ?? null, other?.mask?.segmentation);
     this.root.querySelector(".figures").textContent = mask
       ? `${whole(mask.area)} pixels · predicted IoU ${fixed(mask.score, 3)} · ${Math.round(this.took)} ms`
       : "";
@@ -173,7 +185,7 @@ export class Desk {
     $("undo").addEventListener("click", () => this.undo());
     $("clear").addEventListener("click", () => this.#change({ points: [], box: null }));
     $("compare").addEventListener("change", () => this.#compare());
-    $("candidates").addEventListener("change", () => this.#candidate());
+    $("candidates").addEventListener("change", () => this.answered());
     for (const input of document.querySelectorAll("input[name=mode]")) input.addEventListener("change", () => this.#mode());
     $("get-png").addEventListener("click", () => this.#download("png"));
     $("get-rle").addEventListener("click", () => this.#download("rle"));
@@ -307,29 +319,28 @@ export class Desk {
     for (const { canvas } of this.panels) canvas.dataset.mode = chosen("mode");
   }
 
-  #candidate() {
-    for (const panel of this.#live) panel.draw();
-    this.answered();
-  }
-
   // --- answers
 
   answered() {
     if (!this.panels) return;
-    const live = this.#live, [left] = live;
+    const live = this.#live, [left, right] = live;
+    left.draw(right);
+    right?.draw(left);
     const several = Math.max(...live.map(({ masks }) => masks.length)) > 1;
     $("candidates").hidden = !several;
     if (!several) document.querySelector("input[name=candidate]").checked = true;
     for (const id of ["get-png", "get-rle", "get-geojson"]) $(id).disabled = !left.mask;
     const masks = live.map(({ mask }) => mask).filter(Boolean);
-    const both = masks.length === 2 ? iou(masks[0].segmentation, masks[1].segmentation) : null;
+    const both = masks.length === 2 ? compared(masks[0].segmentation, masks[1].segmentation) : null;
     $("agreement").hidden = live.length < 2;
-    $("iou").textContent = fixed(both, 3);
+    $("iou").textContent = fixed(both?.iou ?? null, 3);
+    $("differ").textContent = both?.differ ? `${whole(both.differ)} pixels differ, marked` : "";
+    $("differ").classList.toggle("marked", Boolean(both?.differ));
     if (!masks.length || masks.length < live.length) return;
     const [{ area, score }] = masks;
     const share = (100 * area) / (this.picture.width * this.picture.height);
     const said = `Mask of ${whole(area)} pixels, ${fixed(share, 1)} percent of the picture, predicted IoU ${fixed(score, 2)}.`;
-    this.say(both === null ? said : `${said} The two masks agree by an IoU of ${fixed(both, 3)}.`);
+    this.say(both ? `${said} The two masks agree by an IoU of ${fixed(both.iou, 3)}; ${whole(both.differ)} pixels differ.` : said);
   }
 
   async #download(format) {
@@ -340,7 +351,7 @@ export class Desk {
         const whole = { model: model.id, width: this.picture.width, height: this.picture.height, ...this.prompts, ...mask };
         return save(new Blob([JSON.stringify(whole, null, 1)], { type: "application/json" }), `${stem}.json`);
       }
-      const { masks } = await this.#live[0].question(format);
+      const { masks } = await this.#live[0].again(format);
       const { segmentation, ...properties } = masks[Math.min(this.candidate, masks.length - 1)];
       if (format === "png") {
         const bytes = Uint8Array.from(atob(segmentation), (letter) => letter.charCodeAt(0));

@@ -6,7 +6,7 @@ const DRAG = 5; // CSS pixels that make a press a drag
 const LONG_PRESS = 500; // milliseconds
 const LARGEST_OVERLAY = 1600; // pixels of its longer side
 const MOST_HEIGHT = 0.56; // of the window's
-const FILL = [0, 174, 239, 105], EDGE = [255, 255, 255, 235];
+const FILL = [0, 174, 239, 105], EDGE = [255, 255, 255, 235], ALONE = [255, 138, 0, 235];
 const ADD = "#0a7d3c", REMOVE = "#c01f3a", LINE = "#ffffff", SHADE = "rgb(0 20 40 / 75%)";
 
 /**
@@ -44,8 +44,9 @@ export class Stage {
     this.#fit();
   }
 
-  showMask(rle) {
-    this.#overlay = rle && overlayOf(rle);
+  /** Show a mask; with the `other` of a comparison, what only this one has is marked. */
+  showMask(rle, other = null) {
+    this.#overlay = rle && overlayOf(rle, other);
     this.#draw();
   }
 
@@ -190,15 +191,16 @@ export class Stage {
 
 const boxOf = (a, b) => [Math.min(a.x, b.x), Math.min(a.y, b.y), Math.max(a.x, b.x), Math.max(a.y, b.y)];
 
-function overlayOf(rle) {
+function overlayOf(rle, other) {
   const step = Math.max(1, Math.ceil(Math.max(...rle.size) / LARGEST_OVERLAY));
   const { data, width, height } = decode(rle, step);
+  const others = other && decode(other, step).data;
   const image = new ImageData(width, height);
   for (let y = 0, at = 0; y < height; y++)
     for (let x = 0; x < width; x++, at++) {
       if (!data[at]) continue;
       const within = (!x || data[at - 1]) && (x === width - 1 || data[at + 1]) && (!y || data[at - width]) && (y === height - 1 || data[at + width]);
-      image.data.set(within ? FILL : EDGE, 4 * at);
+      image.data.set(others && !others[at] ? ALONE : within ? FILL : EDGE, 4 * at);
     }
   const canvas = new OffscreenCanvas(width, height);
   canvas.getContext("2d").putImageData(image, 0, 0);

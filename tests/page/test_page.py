@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, expect
+from playwright.sync_api import Browser, Route, expect
 from pycocotools import mask as coco
 
 from hypersam.keys import new_key
@@ -65,9 +65,9 @@ def test_masks_are_decoded_as_coco_encodes_them(visit: Open) -> None:
     page = visit().page
     found = page.evaluate(
         """async rles => {
-            const { decode, iou } = await import("/static/rle.js");
+            const { decode, compared } = await import("/static/rle.js");
             return [rles.map(r => decode(r).data.join('')), rles.map(r => decode(r, 3).data.join('')),
-                    rles.slice(1).map((r, k) => r.size.join() === rles[k].size.join() ? iou(rles[k], r) : null)];
+                    rles.slice(1).map((r, k) => r.size.join() === rles[k].size.join() ? compared(rles[k], r) : null)];
         }""",
         rles,
     )
@@ -77,7 +77,8 @@ def test_masks_are_decoded_as_coco_encodes_them(visit: Open) -> None:
     for first, second, value in zip(masks, masks[1:], found[2], strict=False):
         if value is not None:
             either = (first | second).sum()
-            assert value == pytest.approx((first & second).sum() / either if either else 1)
+            assert value["iou"] == pytest.approx((first & second).sum() / either if either else 1)
+            assert value["differ"] == (first ^ second).sum()
 
 
 def test_clicks_boxes_and_undoing(visit: Open) -> None:
@@ -171,8 +172,17 @@ def test_two_models_side_by_side(visit: Open) -> None:
     assert float(v.page.inner_text("#iou")) == pytest.approx(expected, abs=6e-4)
     assert 0.5 < expected < 1
     v.shows("#panel-a .facts", "the weights as they were")
+    masks = [decoded(masks[name]) for name in ("original", "eight")]
+    v.shows("#differ", f"{(masks[0] ^ masks[1]).sum():,} pixels differ")
+    for panel, mask, other in zip("ab", masks, masks[::-1], strict=True):
+        shown = v.canvas(panel)
+        orange = (np.abs(shown - (255, 138, 0)) < 40).all(-1)
+        alone = resized(mask & ~other, shown.shape[:2])
+        assert orange[alone].mean() > 0.7  # prompts are drawn over it, its border is smoothed
+        assert orange[~resized(mask | other, shown.shape[:2])].mean() < 0.01
     v.page.select_option("#model-a", "eight")
     until(v.page, "document.querySelector('#iou').textContent === '1.000'")
+    assert v.page.inner_text("#differ") == ""
     v.page.uncheck("#compare")
     v.becomes(lambda: v.page.is_hidden("#panel-b"))
 
@@ -193,6 +203,28 @@ def test_downloads(visit: Open, tmp_path: Path) -> None:
     (feature,) = json.loads(files["scene_0-mask.geojson"])["features"]
     assert feature["geometry"]["type"] == "MultiPolygon"
     assert feature["properties"]["area"] == mask.sum()
+
+
+def test_a_download_after_the_embedding_is_gone(visit: Open) -> None:
+    v = visit(errors=True)  # Chromium notes the 404
+    v.sample()
+    _, answer = v.click(*ON)
+    lost: list[str] = []
+
+    def lose(route: Route) -> None:
+        asked = route.request.post_data_json
+        if not lost:
+            lost.append(asked["image_id"])
+            asked["image_id"] = "0" * len(lost[0])
+        route.continue_(post_data=json.dumps(asked))
+
+    v.page.route("**/segment", lose)
+    with v.page.expect_download() as download:
+        v.page.click("#get-png")
+    mask = pixels(Path(download.value.path()).read_bytes()) > 127
+    np.testing.assert_array_equal(mask, decoded(answer["masks"][0]))
+    assert lost
+    assert v.page.is_hidden("#problem")
 
 
 def test_compressing_with_progress_to_a_report(visit: Open, service: Api) -> None:

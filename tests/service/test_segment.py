@@ -283,7 +283,10 @@ def test_a_deleted_model_is_gone_at_once(api: Api, other_checkpoint: Path) -> No
     api.make_model(other_checkpoint, "short-lived")
     answer = ask(api, "short-lived", points=[[1, 1]]).json()
     assert 'hypersam_resident_bytes{model="short-lived"}' in api.http.get("/metrics").text
+    assert 'model="short-lived"' in api.http.get("/metrics").text
     assert api.http.delete("/models/short-lived").status_code == 204
+    stages = [line for line in api.http.get("/metrics").text.splitlines() if "stage_seconds" in line]
+    assert not [line for line in stages if 'model="short-lived"' in line]
     assert 'hypersam_resident_bytes{model="short-lived"}' not in api.http.get("/metrics").text
     assert_problem(api.http.delete("/models/short-lived"), 404, "unknown_model")
     body = {"model": "short-lived", "image_id": answer["image_id"], "prompts": [{"box": [0, 0, 5, 5]}]}

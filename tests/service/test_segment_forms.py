@@ -265,6 +265,15 @@ def test_everything(api: Api, model: str) -> None:
         "/segment/everything", json={"model": model, "image_id": answer["image_id"], **strict, "format": "geojson"}
     ).json()
     assert [mask["segmentation"]["type"] for mask in by_id["masks"]] == ["MultiPolygon"] * 10
+    collection = api.http.post(
+        "/segment/everything", json={"model": model, "image_id": answer["image_id"], **strict},
+        headers={"Accept": "application/geo+json"},
+    )  # fmt: skip
+    assert collection.headers["content-type"] == "application/geo+json"
+    assert collection.json()["type"] == "FeatureCollection"
+    for feature, mask in zip(collection.json()["features"], by_id["masks"], strict=True):
+        assert feature["geometry"] == mask.pop("segmentation")
+        assert feature == {"type": "Feature", "geometry": feature["geometry"], "properties": mask}
     for bad, loc in (({"points_per_side": 0}, "points_per_side"), ({"points_per_side": 999}, "points_per_side"),
                      ({"box_nms_thresh": 2}, "box_nms_thresh"), ({"format": "npy"}, "format")):  # fmt: skip
         problem = assert_problem(
