@@ -43,7 +43,7 @@ class Metrics:
                 self.stages.labels(stage, model).observe(milliseconds / 1000)
 
     def forget(self, model: str) -> None:
-        """Drop what was counted of a model that is gone: names come and go, and each would stay for ever."""
+        """Drop what was timed of a model that is gone: names come and go, and each would stay for ever."""
         self.stages.remove_by_labels({"model": model})
 
     def text(self, stats: Mapping[str, Any], waiting: int | None, workers: int | None) -> bytes:
@@ -83,7 +83,7 @@ class EngineCollector(Collector):
         yield lookups
         for name, key, text in (
             ("hypersam_batch_size", "batches", "Pictures that one call of the encoder took"),
-            ("hypersam_decode_batch_size", "decodes", "Prompts that one call of the decoder took"),
+            ("hypersam_decode_batch_size", "decodes", "Prompts that went to the decoder together"),
         ):
             yield _sizes(name, text, stats[key])
         queued = GaugeMetricFamily("hypersam_queue_length", "Tasks that wait for the device", labels=["stage", "model"])

@@ -12,7 +12,7 @@ from hypersam.engine.prompts import Mask, Prompt, bounding_box, check_suits
 from hypersam.sam.model import Embedding, SamModel
 
 AT_ONCE = 32
-"""Prompts decoded in one call."""
+"""Prompts handed to the decoder at once; on a CPU it takes them in parts that its caches hold."""
 
 Decoded = tuple[Tensor, Tensor]
 """Low-resolution logits (M, s, s) of a prompt and predicted IoU (M,)."""

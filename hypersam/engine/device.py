@@ -98,6 +98,12 @@ class DeviceThread:
                 "decode": Counter(task.resident.file.id for task in self._decodes),
             }
 
+    def forget_name(self, name: str) -> None:
+        """Drop what was counted of a model's name."""
+        for counts in (self.batches, self.decodes):
+            for key in [key for key in list(counts) if key[0] == name]:
+                counts.pop(key, None)
+
     def alive(self) -> bool:
         """Whether the thread still takes what is asked."""
         return self._thread.is_alive()
@@ -188,7 +194,7 @@ class DeviceThread:
         return embeddings
 
     def _decode_group(self, group: Sequence[Decode]) -> None:
-        """All prompts on one picture in one call; each task alone if that fails, for one may be to blame."""
+        """All prompts on one picture together; each task alone if that fails, for one may be to blame."""
         group = [task for task in group if task.future.set_running_or_notify_cancel()]
         if not group:
             return

@@ -172,6 +172,14 @@ class Engine:
         self._models.forget(digest)
         self._cache.forget(digest)
 
+    def forget_name(self, name: str) -> None:
+        """Drop what was counted of a name that no model has any more."""
+        for key in [key for key in self._lookups if key[0] == name]:
+            del self._lookups[key]
+        for digest in [digest for digest, held in self._names.items() if held == name]:
+            del self._names[digest]
+        self._device.forget_name(name)
+
     def stats(self) -> dict[str, Any]:
         """Counts and bytes as of now; under ``models`` by a model's name, under ``lookups`` by its name and what came
         of the look for an embedding, under ``batches`` and ``decodes`` by its name and the size of the encoder's and
@@ -180,7 +188,8 @@ class Engine:
         queues, names = self._device.queued(), set(self._names.values())
         models = {r.file.id: {"resident_bytes": r.bytes, "embeddings": 0, "embedding_bytes": 0} for r in residents}
         for digest, (count, size) in embeddings.items():
-            model = models.setdefault(self._names[digest], {"resident_bytes": 0})
+            # A request that ends after its model was deleted may leave an embedding for a while.
+            model = models.setdefault(self._names.get(digest, digest), {"resident_bytes": 0})
             model["embeddings"], model["embedding_bytes"] = count, size
         return {
             "device": str(self._device_name),

@@ -139,7 +139,7 @@ class ModelPool:
         return load_model(file.path, device=device, dtype=self._dtype, resident=self._resident, memory=self._budget)
 
     def _keep(self, file: ModelFile, model: SamModel) -> Resident:
-        resident = Resident(file, model, model.resident_bytes())
+        resident = Resident(file, model, model.resident_bytes() + model.network.remembered_bytes())
         with self._lock:
             self.loads += 1
             self._held[file.digest] = resident

@@ -18,9 +18,9 @@ from hypersam.errors import PromptError, UnsupportedPrompt
 from hypersam.sam.network import Features, Prompts, SamNetwork
 from hypersam.sam.registry import VARIANTS, family_row
 
-_IN_CACHE = 1 << 20
-"""Numbers of an embedding, times the prompts, of which a CPU's caches hold what decoding makes. Beyond that, and SAM's
-is there with one prompt, more prompts at once take longer than one after another."""
+_IN_CACHE = 1 << 19
+"""Numbers of an embedding, times the prompts, for each thread of a CPU, of which its caches hold what decoding makes.
+Beyond that, and on two threads SAM's is there with one prompt, more at once take longer than one after another."""
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,10 @@ class SamModel:
         """Masks for B prompts on one picture.
 
         ``points``: coordinates (B, N, 2) in pixels of the model's input and labels (B, N); ``boxes`` (B, 4);
-        ``mask_input`` logits (B, 1, s, s), s = ``low_res``. Returns low-resolution logits (B, M, s, s) and
-        predicted IoU (B, M), float32, M as the family has it: mostly 3 with ``multimask``, else 1. Raises
-        UnsupportedPrompt for what the family cannot be asked.
+        ``mask_input`` logits (B, 1, s, s), s = ``low_res``, or (1, 1, s, s) for all. Returns low-resolution logits
+        (B, M, s, s) and predicted IoU (B, M), float32, M as the family has it: mostly 3 with ``multimask``, else 1.
+        CPUs decode as many prompts at once as their caches hold. Raises UnsupportedPrompt for what the family cannot
+        be asked, PromptError where the tensors are of different numbers of prompts, or of none.
         """
         count = 0 if points is None else points[0].shape[1]
         outside = points is not None and not self.family.background and bool((points[1] == 0).any())
@@ -124,17 +125,26 @@ class SamModel:
             points=count, background=outside, box=boxes is not None, mask=mask_input is not None
         ):
             raise UnsupportedPrompt(refused[1], field=refused[0])
-        prompts = Prompts(points, boxes, mask_input)
+        try:
+            asked = Prompts(points, boxes).count
+            if mask_input is not None and len(mask_input) == 1 < asked:
+                mask_input = mask_input.expand(asked, -1, -1, -1)
+            prompts = Prompts(points, boxes, mask_input)
+            count = prompts.count
+        except ValueError as error:
+            raise PromptError(str(error)) from error
+        if not count:
+            raise PromptError("there is no prompt")
         multimask = multimask or self._always_multimask
-        each = prompts.count
+        each = count
         if self.device.type == "cpu":
-            each = max(1, _IN_CACHE // embedding.features.numel())
+            each = max(1, torch.get_num_threads() * _IN_CACHE // embedding.features.numel())
         decoded = [
             self.network.decode(embedding.parts, prompts[start : start + each], multimask=multimask)
-            for start in range(0, prompts.count, each)
+            for start in range(0, count, each)
         ]
-        masks, iou = (torch.cat(some).float() for some in zip(*decoded, strict=True))
-        return masks, iou
+        masks, iou = decoded[0] if len(decoded) == 1 else map(torch.cat, zip(*decoded, strict=True))
+        return masks.float(), iou.float()
 
     @torch.inference_mode()
     def upscale(self, low_res: Tensor, embedding: Embedding) -> Tensor:

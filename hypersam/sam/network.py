@@ -37,8 +37,12 @@ class Prompts:
 
     @property
     def count(self) -> int:
-        """B."""
-        return len(next(t for t in (self.points and self.points[0], self.boxes, self.masks) if t is not None))
+        """B. Raises ValueError where its tensors do not agree about it; no prompt at all is one, as SAM has it."""
+        given = (self.points and self.points[0], self.points and self.points[1], self.boxes, self.masks)
+        counts = {len(t) for t in given if t is not None}
+        if len(counts) > 1:
+            raise ValueError(f"points, labels, boxes and masks are of {', '.join(map(str, sorted(counts)))} prompts")
+        return counts.pop() if counts else 1
 
     def __getitem__(self, some: slice) -> Prompts:
         """Some of them."""
@@ -99,6 +103,10 @@ class SamNetwork(nn.Module, ABC):
     @abstractmethod
     def every_mask(self, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """All masks that the decoder has, (B, M, s, s), and their predicted IoU (B, M'), before any rule chooses."""
+
+    def remembered_bytes(self) -> int:
+        """Bytes that its modules keep from call to call beside parameters and buffers."""
+        return sum(getattr(module, "remembered_bytes", 0) for module in self.modules())
 
     def affordable_side(self) -> int:
         """Side in pixels at which a pass is cheap on a CPU; ``reduced`` takes it."""

@@ -71,8 +71,8 @@ class SamPredictor:
         self._embedding = None
 
     def get_image_embedding(self) -> Tensor:
-        """(1, C, g, g), float32."""
-        return self.embedding.features
+        """(1, C, g, g), float32, contiguous."""
+        return self.embedding.features.contiguous()
 
     def predict(
         self,

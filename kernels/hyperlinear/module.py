@@ -78,7 +78,8 @@ class HyperLinear(nn.Module, ABC):
     def transposed(self, x: Tensor) -> Tensor:
         """``x`` (…, out) times the weight, not its transpose, without the bias: (…, in), in ``x``'s dtype.
 
-        The weight is decoded as a whole, which suits layers of a decoder's size.
+        The weight is decoded as a whole for as long as it takes, which suits layers of a decoder's size. Not for
+        compilation: there is no operator for it.
         """
         return x @ self._decoded().to(x.dtype)
 

@@ -58,9 +58,10 @@ async def get_artifact(model_id: str, request: Request, state: StateDep) -> Resp
 async def delete_model(model_id: str, state: StateDep) -> None:
     """Forget a model; its artifact goes unless another name stands for it."""
     record = await to_thread.run_sync(state.store.remove, model_id)
-    state.metrics.forget(model_id)
     if not await to_thread.run_sync(_still_used, state, record):
         state.engine.forget(record.digest)
+    state.engine.forget_name(model_id)
+    state.metrics.forget(model_id)
 
 
 def _still_used(state: State, record: ModelRecord) -> bool:

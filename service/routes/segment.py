@@ -58,7 +58,7 @@ async def segment(request: Request, state: StateDep) -> Response:
     began = time.perf_counter()
     state.engine.check_room()
     asked = await read_segment(request, state)
-    wanted = _accepted(request)
+    wanted = _accepted(request, PNG, GEOJSON)
     if wanted == PNG and (asked.many or len(asked.pictures[0].prompts) != 1 or asked.multimask):
         raise NotAcceptable("image/png holds one mask: send one prompt without multimask, or ask for JSON")
     if wanted == GEOJSON and asked.many:
@@ -90,7 +90,7 @@ async def segment(request: Request, state: StateDep) -> Response:
 async def everything(request: Request, state: StateDep) -> Response:
     """Return masks of everything that a grid of clicks finds, the best first (SAM's automatic mask generation).
 
-    With ``Accept: application/geo+json`` a FeatureCollection.
+    With ``Accept: application/geo+json`` a FeatureCollection, whatever ``format`` says.
     """
     began = time.perf_counter()
     state.engine.check_room()
@@ -109,7 +109,7 @@ async def everything(request: Request, state: StateDep) -> Response:
     work = state.engine.everything(model, picture_of(image, state), grid, image_id=asked.image_id)
     result = await unless_gone(request, work)
     segmented = time.perf_counter()
-    as_features = _accepted(request) == GEOJSON
+    as_features = _accepted(request, GEOJSON) is not None
     masks = await to_thread.run_sync(_found, result, "geojson" if as_features else asked.format)
     timings = _timings(result.timings, began, received, found, segmented)
     state.metrics.segmented(asked.model, timings)
@@ -187,11 +187,12 @@ async def _placed(work: Coroutine[Any, Any, T], number: int) -> T:
         raise
 
 
-def _accepted(request: Request) -> str | None:
-    """Which of the kinds that are no JSON Accept names, alone or among others; ``*/*`` and ``image/*`` mean JSON."""
+def _accepted(request: Request, *offered: str) -> str | None:
+    """Which of the kinds ``offered`` beside JSON Accept names, alone or among others; ``*/*`` and ``image/*`` mean
+    JSON."""
     kinds = ",".join(request.headers.getlist("accept")).split(",")
     named = {kind.partition(";")[0].strip().lower() for kind in kinds}
-    return next((kind for kind in (PNG, GEOJSON) if kind in named), None)
+    return next((kind for kind in offered if kind in named), None)
 
 
 def _timings(
@@ -252,9 +253,10 @@ def _mask(mask: Mask, form: str) -> dict[str, Any]:
 
 def _collection(masks: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """GeoJSON of masks whose segmentation is a geometry; what else is said of them are properties."""
-    features = [
-        {"type": "Feature", "geometry": mask.pop("segmentation"), "properties": mask} for mask in map(dict, masks)
-    ]
+    features = []
+    for mask in masks:
+        said = {name: value for name, value in mask.items() if name != "segmentation"}
+        features.append({"type": "Feature", "geometry": mask["segmentation"], "properties": said})
     return {"type": "FeatureCollection", "features": features}
 
 

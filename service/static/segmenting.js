@@ -75,6 +75,7 @@ class Panel {
       this.desk.say(`${this.model.id} is ready.`);
       await this.ask();
     } catch (error) {
+      if (this.#embedding === own) this.#embedding = null;
       this.desk.fail(error);
     } finally {
       if (this.#embedding === own) this.busy(false);
@@ -96,8 +97,9 @@ class Panel {
     const control = (this.#asking = new AbortController());
     const began = performance.now();
     try {
+      const { prompts } = this.desk;
       const answer = await this.question("rle", control.signal);
-      if (this.#asking === control) this.set(answer.masks, performance.now() - began);
+      if (this.#asking === control) this.set(answer.masks, performance.now() - began, prompts);
     } catch (error) {
       if (error instanceof Problem && error.code === "unknown_image") return this.embed(); // no longer held
       if (!isAbort(error)) this.set([]);
@@ -108,16 +110,20 @@ class Panel {
     if (this.#again) await this.ask(true);
   }
 
-  /** The answer to the same prompts in another form; the embedding is made anew where it is no longer held. */
+  /**
+   * The answer to the prompts in another form; the embedding is made anew where it is no longer held. Null where that
+   * failed, which was told, or where something else is asked by then.
+   */
   async again(format) {
+    const { prompts } = this.desk, { model } = this;
     try {
       return await this.question(format);
     } catch (error) {
       if (!(error instanceof Problem) || error.code !== "unknown_image") throw error;
-      await this.embed();
-      if (!this.#embedding?.imageId) throw error;
     }
-    return this.question(format);
+    await this.embed();
+    const same = this.#embedding?.imageId && this.desk.prompts === prompts && this.model?.id === model.id;
+    return same ? this.question(format) : null;
   }
 
   question(format, signal) {
@@ -128,8 +134,9 @@ class Panel {
     return askJson("segment", { method: "POST", body, signal });
   }
 
-  set(masks, took) {
-    this.masks = masks;
+  /** Take an answer: `masks` of the `prompts`, which `took` milliseconds. */
+  set(masks, took, prompts = null) {
+    Object.assign(this, { masks, prompts });
     this.took = took ?? this.took;
     this.desk.answered();
   }
@@ -324,14 +331,15 @@ export class Desk {
   answered() {
     if (!this.panels) return;
     const live = this.#live, [left, right] = live;
-    left.draw(right);
-    right?.draw(left);
+    const alike = right && left.prompts === right.prompts; // one may have answered a question that the other has not
+    left.draw(alike ? right : null);
+    right?.draw(alike ? left : null);
     const several = Math.max(...live.map(({ masks }) => masks.length)) > 1;
     $("candidates").hidden = !several;
-    if (!several) document.querySelector("input[name=candidate]").checked = true;
+    if (!several && left.mask) document.querySelector("input[name=candidate]").checked = true;
     for (const id of ["get-png", "get-rle", "get-geojson"]) $(id).disabled = !left.mask;
     const masks = live.map(({ mask }) => mask).filter(Boolean);
-    const both = masks.length === 2 ? compared(masks[0].segmentation, masks[1].segmentation) : null;
+    const both = alike && masks.length === 2 ? compared(masks[0].segmentation, masks[1].segmentation) : null;
     $("agreement").hidden = live.length < 2;
     $("iou").textContent = fixed(both?.iou ?? null, 3);
     $("differ").textContent = both?.differ ? `${whole(both.differ)} pixels differ, marked` : "";
@@ -344,15 +352,16 @@ export class Desk {
   }
 
   async #download(format) {
-    const [{ mask, model }] = this.#live;
-    const stem = `${this.#title}-mask`;
+    const [panel] = this.#live, { mask, model } = panel;
+    const stem = `${this.#title}-mask`, number = panel.masks.indexOf(mask);
     try {
       if (format === "rle") {
         const whole = { model: model.id, width: this.picture.width, height: this.picture.height, ...this.prompts, ...mask };
         return save(new Blob([JSON.stringify(whole, null, 1)], { type: "application/json" }), `${stem}.json`);
       }
-      const { masks } = await this.#live[0].again(format);
-      const { segmentation, ...properties } = masks[Math.min(this.candidate, masks.length - 1)];
+      const answer = await panel.again(format);
+      if (!answer) return;
+      const { segmentation, ...properties } = answer.masks[number];
       if (format === "png") {
         const bytes = Uint8Array.from(atob(segmentation), (letter) => letter.charCodeAt(0));
         return save(new Blob([bytes], { type: "image/png" }), `${stem}.png`);

@@ -6,7 +6,7 @@ const DRAG = 5; // CSS pixels that make a press a drag
 const LONG_PRESS = 500; // milliseconds
 const LARGEST_OVERLAY = 1600; // pixels of its longer side
 const MOST_HEIGHT = 0.56; // of the window's
-const FILL = [0, 174, 239, 105], EDGE = [255, 255, 255, 235], ALONE = [255, 138, 0, 235];
+const FILL = [0, 174, 239, 105], EDGE = [255, 255, 255, 235], ALONE = [255, 138, 0, 235]; // ALONE is also in page.css
 const ADD = "#0a7d3c", REMOVE = "#c01f3a", LINE = "#ffffff", SHADE = "rgb(0 20 40 / 75%)";
 
 /**

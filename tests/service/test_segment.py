@@ -283,11 +283,12 @@ def test_a_deleted_model_is_gone_at_once(api: Api, other_checkpoint: Path) -> No
     api.make_model(other_checkpoint, "short-lived")
     answer = ask(api, "short-lived", points=[[1, 1]]).json()
     assert 'hypersam_resident_bytes{model="short-lived"}' in api.http.get("/metrics").text
-    assert 'model="short-lived"' in api.http.get("/metrics").text
+    lines = [line for line in api.http.get("/metrics").text.splitlines() if 'model="short-lived"' in line]
+    counted = {line.partition("{")[0] for line in lines}
+    for name in ("segment_stage_seconds_count", "embedding_lookups_total", "decode_batch_size_count", "queue_length"):
+        assert f"hypersam_{name}" in counted
     assert api.http.delete("/models/short-lived").status_code == 204
-    stages = [line for line in api.http.get("/metrics").text.splitlines() if "stage_seconds" in line]
-    assert not [line for line in stages if 'model="short-lived"' in line]
-    assert 'hypersam_resident_bytes{model="short-lived"}' not in api.http.get("/metrics").text
+    assert 'model="short-lived"' not in api.http.get("/metrics").text
     assert_problem(api.http.delete("/models/short-lived"), 404, "unknown_model")
     body = {"model": "short-lived", "image_id": answer["image_id"], "prompts": [{"box": [0, 0, 5, 5]}]}
     assert_problem(api.http.post("/segment", json=body), 404, "unknown_model")

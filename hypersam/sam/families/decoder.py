@@ -7,7 +7,6 @@ computed is in ``mask_decoder``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,18 +98,16 @@ class SamDecoding(SamNetwork):
 
     def decode(self, features: Features, prompts: Prompts, *, multimask: bool) -> tuple[Tensor, Tensor]:
         """Three masks with ``multimask``, else the one that has a token of its own."""
-        return self.mask_decoder.masks(**self.asked(features, prompts), which=slice(1, None) if multimask else slice(1))
+        which = slice(1, None) if multimask else slice(1)
+        return self.mask_decoder.masks(**decoder_inputs(self.prompt_encoder, features[0], prompts), which=which)
 
     def every_mask(self, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """The single mask, then the three."""
-        return self.mask_decoder.masks(**self.asked(features, prompts), which=slice(None))
-
-    def asked(self, features: Features, prompts: Prompts) -> Mapping[str, Tensor]:
-        """The mask decoder's arguments."""
-        return asked(self.prompt_encoder, features[0], prompts)
+        inputs = decoder_inputs(self.prompt_encoder, features[0], prompts)
+        return self.mask_decoder.masks(**inputs, which=slice(None))
 
 
-def asked(encoder: PromptEncoder, embedding: Tensor, prompts: Prompts) -> dict[str, Tensor]:
+def decoder_inputs(encoder: PromptEncoder, embedding: Tensor, prompts: Prompts) -> dict[str, Tensor]:
     """What the mask decoder takes for B prompts on one picture."""
     sparse, dense = encoder(points=prompts.points, boxes=prompts.boxes, masks=prompts.masks)
     return {

@@ -134,7 +134,7 @@ class EfficientSam(SamNetwork):
         if prompts.masks is not None:
             raise ValueError("EfficientSAM takes no mask input")
         tokens = self.prompt_encoder(prompts)
-        answer: tuple[Tensor, Tensor] = self.mask_decoder(features[0], self.prompt_encoder.grid_positions(), tokens)
+        answer: tuple[Tensor, Tensor] = self.mask_decoder(features[0], self.prompt_encoder.positions(), tokens)
         return answer
 
     def affordable_side(self) -> int:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hypersam.sam.families.decoder import HEADS
-from hypersam.sam.families.mask_decoder import plus_tokens, to_pixels
+from hypersam.sam.families.mask_decoder import RemembersPositions, plus_tokens, to_pixels
 from hypersam.sam.network import Prompts
 from hypersam.sam.official import PositionEmbeddingRandom
 
@@ -26,7 +26,7 @@ POINTS = 6
 _FILLING, _INSIDE, _TOP_LEFT, _BOTTOM_RIGHT = -1, 1, 2, 3
 
 
-class PromptEncoder(nn.Module):
+class PromptEncoder(RemembersPositions):
     """Points and corners of boxes to tokens (B, 6, C)."""
 
     def __init__(self, config: EfficientSamConfig) -> None:
@@ -55,10 +55,10 @@ class PromptEncoder(nn.Module):
             tokens = tokens + embedding.weight * (labels == label)[..., None]
         return tokens
 
-    def grid_positions(self) -> Tensor:
-        """(1, C, g, g): the same encoding of the middles of the embedding's cells."""
-        encoded: Tensor = self.pe_layer((self.grid, self.grid))
-        return encoded[None]
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the embedding, whose cells' middles have positions."""
+        return self.grid, self.grid
 
 
 def _as_points(prompts: Prompts) -> tuple[Tensor, Tensor]:
@@ -97,7 +97,8 @@ class MaskDecoder(nn.Module):
         self.iou_prediction_head = _Head(dim, config.iou_hidden, masks, config.iou_depth)
 
     def forward(self, embedding: Tensor, positions: Tensor, prompt_tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """``embedding`` (1, C, g, g), ``prompt_tokens`` (B, N, C) to masks (B, M, s, s) and their IoU (B, M)."""
+        """``embedding`` (1, C, g, g), its ``positions`` (1, g·g, C) and ``prompt_tokens`` (B, N, C) to masks
+        (B, M, s, s) and their IoU (B, M)."""
         batch = prompt_tokens.shape[0]
         own = torch.cat([self.iou_token.weight, self.mask_tokens.weight]).expand(batch, -1, -1)
         tokens, image = self.transformer(embedding, positions, torch.cat([own, prompt_tokens], 1))
@@ -137,11 +138,11 @@ class _TwoWayTransformer(nn.Module):
         self.norm_final_attn = nn.LayerNorm(dim)
 
     def forward(self, embedding: Tensor, positions: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        image, where = (t.flatten(2).transpose(1, 2) for t in (embedding, positions))
-        queries, keys = tokens, image
+        # One for all prompts before the first layer, (1, N, C), and one a prompt after it, (B, N, C).
+        queries, keys = tokens, embedding.flatten(2).transpose(1, 2)
         for layer in self.layers:
-            queries, keys = layer(queries, keys, tokens, where)
-        found = to_pixels(self.final_attn_token_to_image, HEADS, queries + tokens, keys + where, keys)
+            queries, keys = layer(queries, keys, tokens, positions)
+        found = to_pixels(self.final_attn_token_to_image, HEADS, queries + tokens, keys + positions, keys)
         return self.norm_final_attn(queries + found), keys
 
 

@@ -4,8 +4,8 @@ The layers, and so the keys, are segment-anything's. A prompt is a handful of to
 so everything that has a row for every pixel is what a click costs:
 
 - Where tokens attend to pixels, (x Wₖᵀ) qᵀ = x (Wₖᵀ qᵀ) and a (x Wᵥᵀ) = (a x) Wᵥᵀ: the projections go to the tokens'
-  side, and likewise where pixels attend to tokens. Pixels are then projected to nothing, have no heads to separate, and
-  every softmax runs along memory.
+  side, and likewise where pixels attend to tokens. Pixels are then projected to nothing and have no heads to separate,
+  and whatever has a number for each of them lies in long rows.
 - What the prompts on one picture share, its pixels in the first layer, is there once.
 - A transposed convolution of two by two pixels that do not overlap is a product a pixel; norms and activations follow
   in that order of pixels, and only the finished masks are put in the picture's.
@@ -14,6 +14,7 @@ so everything that has a row for every pixel is what a click costs:
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -36,21 +37,52 @@ class Attention(Protocol):
         """Attention of ``q`` to ``k``."""
 
 
-class PromptEncoder(official.PromptEncoder):  # type: ignore[misc]
-    """SAM's, which remembers the positions of the embedding's pixels."""
+class RemembersPositions(nn.Module, ABC):
+    """A prompt encoder with SAM's ``pe_layer``, which works out the places of the embedding's pixels once."""
 
+    pe_layer: Any
     _known: tuple[Tensor, tuple[int, int], Tensor] | None = None
+
+    @property
+    @abstractmethod
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the embedding."""
+
+    @property
+    def remembered_bytes(self) -> int:
+        """What is kept from the first prompt on, whether or not there was one."""
+        rows, columns = self.grid_size
+        matrix: Tensor = self.pe_layer.positional_encoding_gaussian_matrix
+        return rows * columns * 2 * matrix.shape[1] * matrix.element_size()
 
     def positions(self) -> Tensor:
         """(1, g·g, C): the encoding of every pixel's place."""
-        matrix, size = self.pe_layer.positional_encoding_gaussian_matrix, self.image_embedding_size
+        matrix, size = self.pe_layer.positional_encoding_gaussian_matrix, self.grid_size
         if self._known is None or self._known[0] is not matrix or self._known[1] != size:
-            self._known = matrix, size, self.get_dense_pe().flatten(2).transpose(1, 2).contiguous()
+            self._known = matrix, size, self.pe_layer(size).flatten(1).t()[None].contiguous()
         return self._known[2]
+
+    def _load_from_state_dict(self, *arguments: Any, **more: Any) -> None:
+        self._known = None
+        super()._load_from_state_dict(*arguments, **more)
+
+
+class PromptEncoder(RemembersPositions, official.PromptEncoder):  # type: ignore[misc]
+    """SAM's."""
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of the embedding."""
+        size: tuple[int, int] = self.image_embedding_size
+        return size
 
 
 class MaskDecoder(official.MaskDecoder):  # type: ignore[misc]
-    """The layers of SAM's; ``transformer`` is a ``TwoWayTransformer`` of this module."""
+    """The layers of SAM's; ``transformer`` is a ``TwoWayTransformer`` of this module. It is asked by ``masks``."""
+
+    def predict_masks(self, *_: Any, **__: Any) -> Any:
+        """Not of this decoder, whose transformer takes other arguments."""
+        raise NotImplementedError("this mask decoder is asked by its method masks")
 
     def masks(
         self, embedding: Tensor, positions: Tensor, sparse: Tensor, dense: Tensor, which: slice
@@ -184,7 +216,10 @@ def in_place(masks: Tensor) -> Tensor:
 
 def _few(tokens: Tensor, attention: Attention, heads: int) -> bool:
     """Whether heads times tokens (B, T, C) are fewer than what pixels would be projected to and the copies that their
-    heads take; found by measurement."""
+    heads take; found by measurement on a CPU. On a GPU compressed layers keep the official order: their kernels read
+    the weight as it lies for that one alone, and nobody has measured the other."""
+    if tokens.device.type != "cpu" and isinstance(attention.k_proj, HyperLinear):
+        return False
     channels: int = attention.q_proj.out_features
     return 4 * heads * tokens.shape[1] <= 5 * channels
 

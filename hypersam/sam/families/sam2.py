@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from hypersam.errors import LayoutMismatch
-from hypersam.sam.families.decoder import DecoderConfig, asked, decoder_arguments, resized_prompts
+from hypersam.sam.families.decoder import DecoderConfig, decoder_arguments, decoder_inputs, resized_prompts
 from hypersam.sam.families.hiera import STAGES, STRIDE, ImageEncoder
 from hypersam.sam.families.mask_decoder import MaskDecoder, PromptEncoder, in_place
 from hypersam.sam.families.shapes import Shapes, checked
@@ -199,8 +199,8 @@ class Sam2(SamNetwork):
 
     def _masks(self, features: Features, prompts: Prompts, which: slice) -> tuple[Tensor, Tensor]:
         embedding, finest, finer = features
-        question = asked(self.sam_prompt_encoder, embedding, prompts)
-        return self.sam_mask_decoder.finer_masks(finer, finest, **question, which=which)
+        inputs = decoder_inputs(self.sam_prompt_encoder, embedding, prompts)
+        return self.sam_mask_decoder.finer_masks(finer, finest, **inputs, which=which)
 
     def affordable_side(self) -> int:
         """At most 256 pixels."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hypersam.errors import LayoutMismatch
-from hypersam.sam.families.decoder import DecoderConfig, SamDecoding, decoder_arguments, read_decoder
+from hypersam.sam.families.decoder import DecoderConfig, SamDecoding, decoder_arguments, decoder_inputs, read_decoder
 from hypersam.sam.families.mask_decoder import MaskDecoder, in_place
 from hypersam.sam.families.sam_vit import MARK, SamViT, SamViTConfig, read_vit
 from hypersam.sam.families.shapes import Shapes
@@ -99,7 +99,8 @@ class HqDecoding(SamDecoding):
         return self._masks(features, prompts, slice(None))
 
     def _masks(self, features: Features, prompts: Prompts, which: slice) -> tuple[Tensor, Tensor]:
-        return self.mask_decoder.hq_masks(features[1], **self.asked(features, prompts), which=which)
+        inputs = decoder_inputs(self.prompt_encoder, features[0], prompts)
+        return self.mask_decoder.hq_masks(features[1], **inputs, which=which)
 
 
 class SamHq(HqDecoding, SamViT):
