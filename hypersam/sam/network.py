@@ -106,7 +106,7 @@ class SamNetwork(nn.Module, ABC):
 
     def remembered_bytes(self) -> int:
         """Bytes that its modules keep from call to call beside parameters and buffers."""
-        return sum(getattr(module, "remembered_bytes", 0) for module in self.modules())
+        return sum(getattr(module, "positions_bytes", 0) for module in self.modules())
 
     def affordable_side(self) -> int:
         """Side in pixels at which a pass is cheap on a CPU; ``reduced`` takes it."""

@@ -170,6 +170,7 @@ def test_every_family_answers_alike_in_both_orders(family: str, monkeypatch: pyt
     made.load_state_dict(random_sam.spread(network, config, seed=2))
     side = config.image_size
     features = made.encode(torch.randn(1, 3, side, side))
+    assert made.remembered_bytes() == 4 * features[0].numel()
     few = ours._few
     for prompts in (
         Prompts((torch.rand(3, 1, 2) * side, torch.ones(3, 1))),
@@ -219,7 +220,7 @@ def test_positions_are_forgotten_with_the_weights_and_counted() -> None:
     other = prompt_encoder(CONFIG, grid=GRID, image_size=16 * GRID)
     encoder.load_state_dict(other.state_dict())
     torch.testing.assert_close(encoder.positions(), other.positions())
-    assert encoder.remembered_bytes == encoder.positions().nbytes
+    assert encoder.positions_bytes == encoder.positions().nbytes
 
 
 def test_the_official_way_to_ask_is_refused() -> None:

@@ -176,10 +176,10 @@ def test_two_models_side_by_side(visit: Open) -> None:
     v.shows("#differ", f"{(masks[0] ^ masks[1]).sum():,} pixels differ")
     for panel, mask, other in zip("ab", masks, masks[::-1], strict=True):
         shown = v.canvas(panel)
-        orange = (np.abs(shown - (255, 138, 0)) < 40).all(-1)
-        alone = resized(mask & ~other, shown.shape[:2])
-        assert not alone.any() or orange[alone].mean() > 0.7  # prompts are drawn over it, its border is smoothed
-        assert orange[~resized(mask | other, shown.shape[:2])].mean() < 0.01
+        warm = shown[..., 0] - shown[..., 2]
+        alone, both = (resized(part, shown.shape[:2]) for part in (mask & ~other, mask & other))
+        # Lines of a pixel are smoothed into what is beside them.
+        assert not alone.any() or warm[alone].mean() > warm[both].mean() + 80
     v.page.select_option("#model-a", "eight")
     until(v.page, "document.querySelector('#iou').textContent === '1.000'")
     assert v.page.inner_text("#differ") == ""

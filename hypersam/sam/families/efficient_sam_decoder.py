@@ -26,7 +26,7 @@ POINTS = 6
 _FILLING, _INSIDE, _TOP_LEFT, _BOTTOM_RIGHT = -1, 1, 2, 3
 
 
-class PromptEncoder(RemembersPositions):
+class PromptEncoder(RemembersPositions, nn.Module):
     """Points and corners of boxes to tokens (B, 6, C)."""
 
     def __init__(self, config: EfficientSamConfig) -> None:

@@ -37,8 +37,8 @@ class Attention(Protocol):
         """Attention of ``q`` to ``k``."""
 
 
-class RemembersPositions(nn.Module, ABC):
-    """A prompt encoder with SAM's ``pe_layer``, which works out the places of the embedding's pixels once."""
+class RemembersPositions(ABC):
+    """Of a module, a prompt encoder with SAM's ``pe_layer``: it works out the places of the embedding's pixels once."""
 
     pe_layer: Any
     _known: tuple[Tensor, tuple[int, int], Tensor] | None = None
@@ -49,7 +49,7 @@ class RemembersPositions(nn.Module, ABC):
         """Rows and columns of the embedding."""
 
     @property
-    def remembered_bytes(self) -> int:
+    def positions_bytes(self) -> int:
         """What is kept from the first prompt on, whether or not there was one."""
         rows, columns = self.grid_size
         matrix: Tensor = self.pe_layer.positional_encoding_gaussian_matrix
@@ -64,7 +64,7 @@ class RemembersPositions(nn.Module, ABC):
 
     def _load_from_state_dict(self, *arguments: Any, **more: Any) -> None:
         self._known = None
-        super()._load_from_state_dict(*arguments, **more)
+        super()._load_from_state_dict(*arguments, **more)  # type: ignore[misc]
 
 
 class PromptEncoder(RemembersPositions, official.PromptEncoder):  # type: ignore[misc]
