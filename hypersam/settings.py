@@ -62,7 +62,8 @@ class Settings(BaseSettings):
     embedding_ttl: PositiveInt = Field(3600, description="an embedding is kept so long after it was last used")
     max_batch: PositiveInt | None = Field(
         None,
-        description="pictures that one call of an encoder takes; none: 8 on a GPU, 1 on a CPU, which gains nothing",
+        description="pictures that one call of an encoder takes; none: 8 on a GPU, and on a CPU as many of those 8 as "
+        "have a million pixels together, which is one for a SAM of 1024 x 1024",
     )
     resident_bytes: PositiveInt = Field(4 * GIB, description="what all models in memory may hold together")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$", description="auto, cpu, cuda or cuda:N")

@@ -25,6 +25,9 @@ from service.schemas import PictureBody, PromptBody, SegmentRequest
 
 JSON_OVERHEAD = 4 << 20  # bytes beside the picture; of a form, of each field: a mask input in digits takes 1.5 MB
 PLAIN_FORM = "application/x-www-form-urlencoded"
+_MOST_VALUES = 4_400_000
+"""Of a JSON body, counted by its commas: 64 mask inputs of 256 x 256 have 4.2 million. Read, they take some hundred MB;
+a body with room for a picture could hold ten times as many."""
 _KINDS = f"send multipart/form-data, application/json or, without a picture, {PLAIN_FORM}"
 _AT_ONCE = 16 << 10  # bytes of JSON that are read in less time than a thread takes to wake
 _PROMPT_FIELDS = ("points", "point_coords", "point_labels", "labels", "box", "bbox", "mask_input", "prompts")
@@ -117,12 +120,15 @@ async def read_fields(request: Request, state: State, schema: type[Body]) -> tup
 
 
 async def read_json(request: Request, settings: Settings) -> bytes:
-    """A JSON body with room for a picture. Raises ImageTooLarge."""
+    """A JSON body with room for a picture. Raises ImageTooLarge, and RequestError for more values than prompts have."""
     limit = settings.max_image_bytes * 4 // 3 + JSON_OVERHEAD
     try:
-        return await read_body(request, limit)
+        body = await read_body(request, limit)
     except BodyTooLarge as error:
         raise ImageTooLarge(f"the request has more than the {limit} bytes accepted") from error
+    if body.count(b",") > _MOST_VALUES:
+        raise RequestError(f"the request has more than {_MOST_VALUES} values; a picture's base64 is one")
+    return body
 
 
 async def parsed(parse: Callable[[bytes, Settings], T], body: bytes, state: State) -> T:

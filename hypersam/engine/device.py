@@ -28,6 +28,12 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
+MOST_PICTURES = 8
+"""Of a batch, where nobody says otherwise."""
+
+_PIXELS = 1 << 20
+"""Of a batch on a CPU, where nobody says otherwise: small pictures gain by company, one of SAM's fills the caches."""
+
 _FEW = 1 << 18
 """Numbers of an embedding, times the prompts, under which one core decodes faster than several that wake one another;
 SAM's has four times as many."""
@@ -64,7 +70,7 @@ class DeviceThread:
     lone request never waits for company. Only this thread calls networks, so nothing of them needs a lock.
     """
 
-    def __init__(self, models: ModelPool, cache: EmbeddingCache, max_batch: int) -> None:
+    def __init__(self, models: ModelPool, cache: EmbeddingCache, max_batch: int | None) -> None:
         self._models, self._cache, self._max_batch = models, cache, max_batch
         self._cores = torch.get_num_threads()
         self._smaller: dict[str, int] = {}  # batches that a model was found to have memory for, by digest
@@ -148,13 +154,13 @@ class DeviceThread:
         with self._wake:
             taken: list[Encode] = []
             rest: deque[Encode] = deque()
-            room = self._max_batch
+            room = 1
             for task in self._encodes:
                 if taken and (len(taken) == room or task.resident is not taken[0].resident):
                     rest.append(task)
                 elif task.flight.claim():
                     taken.append(task)
-                    room = self._smaller.get(task.key[0], self._max_batch)
+                    room = self._smaller.get(task.key[0]) or self._max_batch or on_a_cpu(task.resident.model.image_size)
             self._encodes = rest
             return taken
 
@@ -266,6 +272,11 @@ class DeviceThread:
         self._models.evict_others(resident.file.digest)
         self._cache.forget()
         release()
+
+
+def on_a_cpu(side: int) -> int:
+    """Pictures of a batch on a CPU for a network whose input is ``side`` x ``side`` pixels."""
+    return max(1, min(MOST_PICTURES, _PIXELS // side**2))
 
 
 def _give_up(resident: Resident) -> NoReturn:

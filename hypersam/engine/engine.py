@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from hypersam.engine.cache import EmbeddingCache, Key
 from hypersam.engine.decoding import Decoded, full_masks
-from hypersam.engine.device import Decode, DeviceThread, Encode
+from hypersam.engine.device import MOST_PICTURES, Decode, DeviceThread, Encode
 from hypersam.engine.everything import Everything, Found, Grid, click, sift, suppress
 from hypersam.engine.flights import Flight, Flights
 from hypersam.engine.memory import out_of_memory, release
@@ -73,7 +73,7 @@ class Engine:
         self._models = ModelPool(
             self._device_name, dtype, settings.resident_bytes, self._cache.forget, settings.resident
         )
-        batch = settings.max_batch or (1 if self._device_name.type == "cpu" else 8)
+        batch = settings.max_batch or (None if self._device_name.type == "cpu" else MOST_PICTURES)
         self._device = DeviceThread(self._models, self._cache, batch)
         self._embeddings: Flights[Key, Embedding] = Flights()
         self._before = ThreadPoolExecutor(PICTURES_AT_ONCE, "hypersam-before", use_cores, (1,))

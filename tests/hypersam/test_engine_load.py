@@ -16,6 +16,7 @@ import torch
 from hypersam.compression import compress
 from hypersam.engine import Engine, Grid, ModelFile, Prompt, Segmentation
 from hypersam.engine.cache import EmbeddingCache
+from hypersam.engine.device import on_a_cpu
 from hypersam.errors import Overloaded, PromptError, Unavailable, UnknownImage
 from hypersam.sam.model import Embedding, SamModel
 from hypersam.settings import Settings
@@ -82,12 +83,14 @@ async def until(true: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
+@pytest.mark.parametrize(("settings", "batches"), [({"max_batch": 4}, {1: 2, 4: 1}), ({}, {1: 1, 5: 1})])
 def test_pictures_that_wait_are_encoded_together(
-    start: Callable[..., Engine], files: tuple[ModelFile, ModelFile], monkeypatch: pytest.MonkeyPatch
-) -> None:
+    settings: dict[str, int], batches: dict[int, int], start: Callable[..., Engine],
+    files: tuple[ModelFile, ModelFile], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     file, other = files
     alone = [start().segment_sync(file, picture(n), [POINT], multimask=False).masks[0] for n in range(6)]
-    engine, gate = start(max_batch=4), Gate(monkeypatch)
+    engine, gate = start(**settings), Gate(monkeypatch)
 
     async def crowd() -> list[Segmentation]:
         first = asyncio.create_task(engine.segment(file, picture(0), [POINT], multimask=False))
@@ -104,8 +107,9 @@ def test_pictures_that_wait_are_encoded_together(
         return answers
 
     answers = asyncio.run(crowd())
-    assert sorted(gate.sizes) == [1, 1, 1, 4]  # the first, four of five, the fifth; another model's on its own
-    assert engine.stats()["batches"] == {("a", 1): 2, ("a", 4): 1, ("b", 1): 1}
+    # The first, as many of the other five as a batch holds, the rest; another model's on its own.
+    assert engine.stats()["batches"] == {("a", size): count for size, count in batches.items()} | {("b", 1): 1}
+    assert len(gate.sizes) == sum(batches.values()) + 1
     for mine, (answer) in zip(alone, answers, strict=True):
         assert answer.masks[0].score == pytest.approx(mine.score, abs=1e-4)
         assert (answer.masks[0].mask != mine.mask).mean() < 5e-3
@@ -339,6 +343,11 @@ class Shortage:
 
         monkeypatch.setattr(SamModel, "embed_batch", embed_batch)
         monkeypatch.setattr(SamModel, "decode", small_decode)
+
+
+@pytest.mark.parametrize(("side", "pictures"), [(64, 8), (256, 8), (512, 4), (1000, 1), (1024, 1), (2048, 1)])
+def test_small_pictures_are_batched_on_a_cpu(side: int, pictures: int) -> None:
+    assert on_a_cpu(side) == pictures
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(

@@ -145,6 +145,10 @@ def test_a_million_points(api: Api, model: str) -> None:
         assert response.status_code in (413, 422)
         assert_problem(response, response.status_code, "image_too_large" if response.status_code == 413 else code)
         assert len(response.content) < 10_000
+    for path in ("/segment", "/segment/everything", "/embed", "/api/generate", "/predict"):
+        many = b'{"model": "x", "image": "", "prompts": [' + b"[1,2]," * 2_500_000 + b"1]}"
+        problem = assert_problem(api.http.post(path, content=many, headers=JSON), 422, "invalid_request")
+        assert "more than 4400000 values" in problem["detail"]
     form = {"model": model, "points": json.dumps(points[:100_000])}
     response = api.http.post("/segment", files={"image": picture()}, data=form)
     assert_problem(response, 422, "bad_prompt")
