@@ -146,7 +146,7 @@ def test_a_million_points(api: Api, model: str) -> None:
         assert_problem(response, response.status_code, "image_too_large" if response.status_code == 413 else code)
         assert len(response.content) < 10_000
     for path in ("/segment", "/segment/everything", "/embed", "/api/generate", "/predict"):
-        many = b'{"model": "x", "image": "", "prompts": [' + b"[1,2]," * 2_500_000 + b"1]}"
+        many = b"," * 4_400_001  # more values than are read, whatever they are
         problem = assert_problem(api.http.post(path, content=many, headers=JSON), 422, "invalid_request")
         assert "more than 4400000 values" in problem["detail"]
     form = {"model": model, "points": json.dumps(points[:100_000])}
