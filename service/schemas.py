@@ -17,6 +17,9 @@ Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "png", "polygon", "geojson", "npy"]
 FoundFormat = Literal["rle", "png", "polygon", "geojson"]
 MASK_SIDE = 1024  # at most, of a mask input
+MOST_LISTED = (
+    1 << 17
+)  # prompts or pictures, each of which is an object: what the settings allow is looked at after that
 MOST_LOGIT = 1e6  # far beyond what a model answers, and far below what overflows in one
 Logit = Annotated[float, Field(ge=-MOST_LOGIT, le=MOST_LOGIT, allow_inf_nan=False)]
 # The first error is enough: a list of millions of wrong values must not make millions of messages.
@@ -280,14 +283,14 @@ class PictureBody(PromptBody):
     image_id: str | None = Field(
         None, max_length=64, description="of a picture sent before, while its embedding is held"
     )
-    prompts: list[PromptBody] | None = Field(None, fail_fast=True, min_length=1)
+    prompts: list[PromptBody] | None = Field(None, fail_fast=True, min_length=1, max_length=MOST_LISTED)
 
 
 class SegmentRequest(PictureBody):
     """POST /segment as JSON: one picture, or several in ``images``."""
 
     model: str
-    images: list[PictureBody] | None = Field(None, fail_fast=True, min_length=1)
+    images: list[PictureBody] | None = Field(None, fail_fast=True, min_length=1, max_length=MOST_LISTED)
     multimask: bool = Field(
         False,
         description="three masks a prompt, best first, instead of one; also as multimask_output",

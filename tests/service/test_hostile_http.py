@@ -139,6 +139,7 @@ def test_a_million_points(api: Api, model: str) -> None:
         ([{"points": points, "point_labels": [1] * len(points)}], "bad_prompt"),
         ([{"points": [[1, 2]], "point_labels": [1]}] * 100_000, "bad_prompt"),
         ([{"points": [["x", 2]] * 300_000}], "invalid_request"),
+        ([{}] * 200_000, "invalid_request"),
     ):
         body = json.dumps({"model": model, "image": image, "prompts": prompts}).encode()
         response = api.http.post("/segment", content=body, headers=JSON)
