@@ -75,7 +75,6 @@ class Panel {
       this.desk.say(`${this.model.id} is ready.`);
       await this.ask();
     } catch (error) {
-      if (this.#embedding === own) this.#embedding = null;
       this.desk.fail(error);
     } finally {
       if (this.#embedding === own) this.busy(false);

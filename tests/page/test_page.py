@@ -228,6 +228,14 @@ def test_a_download_after_the_embedding_is_gone(visit: Open) -> None:
     assert v.page.is_hidden("#problem")
 
 
+def test_an_embedding_that_fails_is_told_and_no_longer_awaited(visit: Open) -> None:
+    v = visit(errors=True)  # Chromium notes the failure
+    v.page.route("**/embed", lambda route: route.abort())
+    v.page.click("[aria-label='Sample picture 1']")
+    v.page.wait_for_selector("#problem:not([hidden])")
+    v.becomes(lambda: v.page.is_hidden("#panel-a .busy"))
+
+
 def test_compressing_with_progress_to_a_report(visit: Open, service: Api) -> None:
     v = visit()
     page = v.page
