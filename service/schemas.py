@@ -17,9 +17,8 @@ Box = tuple[float, float, float, float]
 MaskFormat = Literal["rle", "png", "polygon", "geojson", "npy"]
 FoundFormat = Literal["rle", "png", "polygon", "geojson"]
 MASK_SIDE = 1024  # at most, of a mask input
-MOST_LISTED = (
-    1 << 17
-)  # prompts or pictures, each of which is an object: what the settings allow is looked at after that
+# Prompts or pictures, each of which becomes an object before the settings' own limits are looked at.
+MOST_LISTED = 1 << 17
 MOST_LOGIT = 1e6  # far beyond what a model answers, and far below what overflows in one
 Logit = Annotated[float, Field(ge=-MOST_LOGIT, le=MOST_LOGIT, allow_inf_nan=False)]
 # The first error is enough: a list of millions of wrong values must not make millions of messages.

@@ -1,9 +1,9 @@
 """Uploads, artifacts and the registrations of models, in one folder on disk.
 
-    data_dir/uploads/<sha256>          checkpoints as sent, named by their content
-    data_dir/artifacts/<sha256>.hsam   compressed models, named by their content
-    data_dir/models/<name>.json        which artifact a name stands for, and the report of its compression
-    data_dir/work/<job>.<random>/      what a running job writes; gone when it ends
+    uploads/<sha256>          checkpoints as sent, named by their content
+    artifacts/<sha256>.hsam   compressed models, named by their content
+    models/<name>.json        which artifact a name stands for, and the report of its compression
+    work/<job>.<random>/      what a running job writes; gone when it ends
 
 Every file appears under its final name by one rename, so a reader sees it whole or not at all. What is half made is
 held by its maker (``hypersam.store.held``), so that the next sweep removes what a killed process left, and no more.

@@ -94,8 +94,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, *, scratch_bytes: int
     undo = x.device.type == "cpu" and x.dtype != torch.float64 and weight.block > 1
     undo = undo and out_features < x.shape[:-1].numel()
     turned = x if undo else rotated(x, weight.block, weight.signs)
-    extra = weight.values.view(torch.float32)
     if x.device.type != "cpu":
+        extra = weight.values.view(torch.float32)
 
         def whole(start: int, stop: int) -> Tensor:
             made = weight.rows(start, stop)
@@ -108,18 +108,12 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, *, scratch_bytes: int
     levels = torch.empty((block, columns), dtype=torch.int8)
     scratch = torch.empty((block, columns), dtype=kind)
     bounds = block_bounds(weight.index, out_features, columns, block)
-    scales = weight.scales.view(torch.float32)
 
     def rows(start: int, stop: int) -> Tensor:
         made = scratch[: stop - start]
-        weight.levels(start, stop, levels)
-        scale_rows(levels[: stop - start], scales[start:stop], made)
         span = slice(bounds[start // block], bounds[start // block + 1])
-        if span.start < span.stop:
-            made.view(-1).index_add_(0, weight.index[span] - start * columns, extra[span].to(kind))
-        if undo:
-            made = (made.unflatten(-1, (-1, weight.block)) @ hadamard(weight.block).to(kind)).flatten(-2) * weight.signs
-        return made
+        _fill(weight, start, stop, span, levels, made)
+        return turned_back(made, weight.block, weight.signs) if undo else made
 
     return blockwise(turned, rows, out_features, block, bias).to(x.dtype)
 
@@ -131,14 +125,26 @@ def transposed(x: Tensor, weight: Weight) -> Tensor:
     levels = torch.empty((out_features, columns), dtype=torch.int8)
     weight.levels(0, out_features, levels)
     made = torch.empty((out_features, columns))
-    scale_rows(levels, weight.scales.view(torch.float32), made)
-    # A weight has a rotation or outliers, never both.
-    made.view(-1).index_add_(0, weight.index, weight.values.view(torch.float32))
-    product = x @ made.to(x.dtype)
-    if weight.block > 1:
-        blocks = product.unflatten(-1, (-1, weight.block)) @ hadamard(weight.block).to(product)
-        product = blocks.flatten(-2) * weight.signs
-    return product
+    _fill(weight, 0, out_features, slice(0, len(weight.index)), levels, made)
+    return turned_back(x @ made.to(x.dtype), weight.block, weight.signs)
+
+
+def _fill(weight: Weight, start: int, stop: int, span: slice, levels: Tensor, out: Tensor) -> None:
+    """Write output rows to ``out`` (rows, in), still rotated or else with their outliers, never both, which are those
+    of ``span``; ``levels``, int8 (rows or more, in), is scratch memory."""
+    weight.levels(start, stop, levels)
+    scale_rows(levels[: stop - start], weight.scales[start:stop].view(torch.float32), out)
+    if span.start < span.stop:
+        values = weight.values[span].view(torch.float32).to(out.dtype)
+        out.view(-1).index_add_(0, weight.index[span] - start * weight.columns, values)
+
+
+def turned_back(x: Tensor, block: int, signs: Tensor) -> Tensor:
+    """The inverse of ``rotated``, in ``x``'s dtype."""
+    if block == 1:
+        return x
+    turned: Tensor = x.unflatten(-1, (-1, block)) @ hadamard(block).to(x)
+    return turned.flatten(-2) * signs
 
 
 def rotated(x: Tensor, block: int, signs: Tensor) -> Tensor:

@@ -98,13 +98,16 @@ class SamDecoding(SamNetwork):
 
     def decode(self, features: Features, prompts: Prompts, *, multimask: bool) -> tuple[Tensor, Tensor]:
         """Three masks with ``multimask``, else the one that has a token of its own."""
-        which = slice(1, None) if multimask else slice(1)
-        return self.mask_decoder.masks(**decoder_inputs(self.prompt_encoder, features[0], prompts), which=which)
+        return self._masks(features, prompts, slice(1, None) if multimask else slice(1))
 
     def every_mask(self, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """The single mask, then the three."""
+        """The single mask, then the three, then what else the decoder has."""
+        return self._masks(features, prompts, slice(None))
+
+    def _masks(self, features: Features, prompts: Prompts, which: slice) -> tuple[Tensor, Tensor]:
+        """``which`` of SAM's masks, (B, M, s, s), and their predicted IoU (B, M)."""
         inputs = decoder_inputs(self.prompt_encoder, features[0], prompts)
-        return self.mask_decoder.masks(**inputs, which=slice(None))
+        return self.mask_decoder.masks(**inputs, which=which)
 
 
 def decoder_inputs(encoder: PromptEncoder, embedding: Tensor, prompts: Prompts) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hypersam.sam.families.windows import cut, joined
+
 if TYPE_CHECKING:
     from hypersam.sam.families.sam2 import Sam2Config
 
@@ -121,16 +123,11 @@ class _Block(nn.Module):
 
     def _windowed(self, x: Tensor) -> Tensor:
         """Cut into windows (the last ones padded with zeros), attend within each, put together again."""
-        b, h, w, c = x.shape
-        side = self.window
-        x = F.pad(x, (0, 0, 0, -w % side, 0, -h % side))
-        rows, columns = x.shape[1] // side, x.shape[2] // side
-        x = x.view(b, rows, side, columns, side, c).transpose(2, 3).reshape(-1, side, side, c)
-        x = self.attn(x)
+        _, h, w, _ = x.shape
+        windows, layout = cut(x, self.window)
         if self.pool:
-            side, h, w = side // 2, h // 2, w // 2
-        x = x.view(b, rows, columns, side, side, -1).transpose(2, 3)
-        return x.reshape(b, rows * side, columns * side, -1)[:, :h, :w]
+            h, w = h // 2, w // 2
+        return joined(self.attn(windows), layout)[:, :h, :w]
 
 
 class _Attention(nn.Module):

@@ -94,11 +94,8 @@ class HqDecoding(SamDecoding):
         best = iou.argmax(1, keepdim=True)
         return sam.take_along_dim(best[..., None, None], 1) + token, iou.take_along_dim(best, 1)
 
-    def every_mask(self, features: Features, prompts: Prompts) -> tuple[Tensor, Tensor]:
-        """SAM's single mask, its three, and the token's."""
-        return self._masks(features, prompts, slice(None))
-
     def _masks(self, features: Features, prompts: Prompts, which: slice) -> tuple[Tensor, Tensor]:
+        """The same, and behind SAM's masks the token's."""
         inputs = decoder_inputs(self.prompt_encoder, features[0], prompts)
         return self.mask_decoder.hq_masks(features[1], **inputs, which=which)
 

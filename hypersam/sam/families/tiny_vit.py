@@ -29,6 +29,7 @@ from hypersam.sam.families.decoder import (
 )
 from hypersam.sam.families.sam_hq import HQ_MARK, HqDecoding, hq_mask_decoder
 from hypersam.sam.families.shapes import Shapes, checked
+from hypersam.sam.families.windows import cut, joined
 from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, shell
 from hypersam.sam.official import LayerNorm2d
@@ -284,14 +285,10 @@ class _Block(nn.Module):
 
     def _windowed(self, x: Tensor) -> Tensor:
         """(B, H, W, C), cut into windows; the last ones are padded with zeros before they are normalised."""
-        b, h, w, c = x.shape
-        side = self.window
-        x = F.pad(x, (0, 0, 0, -w % side, 0, -h % side))
-        rows, columns = x.shape[1] // side, x.shape[2] // side
-        x = x.reshape(b, rows, side, columns, side, c).transpose(2, 3).reshape(-1, side * side, c)
-        x = self.attn(x)
-        x = x.view(b, rows, columns, side, side, c).transpose(2, 3)
-        return x.reshape(b, rows * side, columns * side, c)[:, :h, :w]
+        _, h, w, _ = x.shape
+        windows, layout = cut(x, self.window)
+        attended = self.attn(windows.flatten(1, 2)).view(windows.shape)
+        return joined(attended, layout)[:, :h, :w]
 
 
 class _Attention(nn.Module):
