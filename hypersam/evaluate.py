@@ -13,9 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from hypersam.engine import Prompt, predict
 from hypersam.sam.model import SamModel
@@ -65,7 +63,7 @@ def deepest_pixel(mask: NDArray[np.bool_]) -> tuple[int, int]:
 
     Peels the mask layer by layer with square and diamond neighbourhoods in turn, an octagonal distance.
     """
-    current: Tensor = torch.from_numpy(np.pad(mask, 1))
+    current = np.pad(mask, 1)
     diamond = True
     while True:
         p = current
@@ -74,9 +72,9 @@ def deepest_pixel(mask: NDArray[np.bool_]) -> tuple[int, int]:
             inner &= p[:-2, :-2] & p[:-2, 2:] & p[2:, :-2] & p[2:, 2:]
         if not inner.any():
             break
-        current = torch.nn.functional.pad(inner, (1, 1, 1, 1))
+        current = np.pad(inner, 1)
         diamond = not diamond
-    y, x = np.argwhere(current.numpy()[1:-1, 1:-1])[0]
+    y, x = np.argwhere(current[1:-1, 1:-1])[0]
     return int(x), int(y)
 
 
