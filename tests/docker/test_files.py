@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ import jsonschema_rs
 import pytest
 import yaml
 
+from hypersam.keys import new_key
 from hypersam.settings import PREFIX, Settings
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +57,78 @@ def test_the_compose_files_are_as_the_compose_specification_has_them(name: str) 
     assert [f"{e.instance_path}: {e.message}" for e in validator.iter_errors(written)] == []
     written["services"]["api"]["no_such_key"] = 1
     assert not validator.is_valid(written)
+
+
+def compose(*arguments: str, example: str = "") -> dict[str, Any]:
+    """What Compose itself makes of the files, with a ``.env`` as given; skips where there is no Compose 2."""
+    for program in (["docker", "compose"], ["docker-compose"]):
+        if shutil.which(program[0]) and subprocess.run([*program, "version"], capture_output=True).stdout.startswith(
+            b"Docker Compose"
+        ):
+            break
+    else:
+        pytest.skip("there is no 'docker compose' here")
+    with tempfile.NamedTemporaryFile("w", suffix=".env") as file:
+        file.write(example)
+        file.flush()
+        command = [*program, "--env-file", file.name, *arguments, "config", "--format", "json"]
+        clean = {key: value for key, value in os.environ.items() if not key.startswith((PREFIX, "AWS_", "COMPOSE_"))}
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=clean)
+    assert done.returncode == 0, done.stderr
+    made: dict[str, Any] = json.loads(done.stdout)
+    return made
+
+
+CPU = ("-f", "docker-compose.yml", "-f", "docker/compose.cpu.yml")
+
+
+def test_compose_itself_reads_the_files() -> None:
+    gpu, cpu = compose(), compose(*CPU)
+    assert set(gpu["services"]) == set(cpu["services"]) == {"redis", *OURS}
+    assert set(compose("--profile", "metrics")["services"]) == {"redis", *OURS, "prometheus", "grafana"}
+    assert set(compose("--profile", "objectstore")["services"]) == {"redis", *OURS, "objectstore"}
+    for name in OURS:
+        before, after = gpu["services"][name], cpu["services"][name]
+        [device] = before["deploy"]["resources"].pop("reservations")["devices"]
+        assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", 1, ["gpu"])
+        assert (before["environment"].pop("HYPERSAM_DEVICE"), after["environment"].pop("HYPERSAM_DEVICE")) == (
+            "auto",
+            "cpu",
+        )
+        assert before == after  # the override takes the GPU away and nothing else
+        assert before["depends_on"]["redis"]["condition"] == "service_healthy"
+    # Neither a name nor a port of the host stands in the way of several workers.
+    assert not {"container_name", "ports"} & set(gpu["services"]["worker"])
+
+
+@pytest.mark.parametrize("files", [(), CPU], ids=["gpu", "cpu"])
+def test_what_is_in_the_env_file_reaches_the_containers(
+    files: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, key = new_key("shop", ["segment", "admin"])
+    chosen = {
+        "HYPERSAM_API_KEYS": json.dumps([key.line()]),
+        "HYPERSAM_RATE_LIMIT": "7/second",
+        "HYPERSAM_CORS_ORIGINS": '["https://example.org"]',
+        "HYPERSAM_STORE_URL": "s3://bucket/prefix",
+        "HYPERSAM_STORE_ENDPOINT": "http://objectstore:9000",
+        "HYPERSAM_STORE_REGION": "us-east-1",
+        "HYPERSAM_STORE_ALLOW_HTTP": "true",
+        "HYPERSAM_RESIDENT_BYTES": "123456789",
+        "AWS_ACCESS_KEY_ID": "hypersam",
+        "AWS_SECRET_ACCESS_KEY": "change-this-secret",
+    }
+    made = compose(*files, example="".join(f"{name}={value}\n" for name, value in chosen.items()))
+    for name in OURS:
+        environment = made["services"][name]["environment"]
+        assert environment.items() >= chosen.items()
+        with monkeypatch.context() as patched:
+            for variable, value in environment.items():
+                patched.setenv(variable, value)
+            settings = Settings()
+        assert settings.api_keys == (key.line(),)
+        assert settings.resident_bytes == 123456789
+        assert settings.device == ("cpu" if files else "auto")
 
 
 def test_what_compose_sets_are_settings() -> None:
