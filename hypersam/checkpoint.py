@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hypersam.checkpoint_files import Pickled, read_legacy, read_safetensors, read_zip, tensors_of
-from hypersam.checkpoint_pickle import Other, TensorPlan
+from hypersam.checkpoint_tensors import Other, TensorPlan
 from hypersam.errors import CheckpointError, EmptyCheckpoint, NotACheckpoint
 
 MEMORY_FACTOR = 2

@@ -20,7 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from hypersam.checkpoint_pickle import MAX_PICKLE_BYTES, TensorPlan, read_pickle
+from hypersam.checkpoint_pickle import MAX_PICKLE_BYTES, read_pickle
+from hypersam.checkpoint_tensors import TensorPlan
 from hypersam.errors import CheckpointError, NotACheckpoint
 
 MAX_HEADER_BYTES = 8 << 20

@@ -6,50 +6,34 @@ for is looked up in the tables below and nowhere else. Nothing recurses, so dept
 makes one small object at most, and dictionaries made of lists are counted by their pairs, so ``MAX_PICKLE_BYTES`` and
 ``MAX_INSTRUCTIONS`` bound the memory.
 
-Instructions: Python's ``pickletools``. What tensors look like in a pickle: ``torch/_utils.py``,
-``torch/serialization.py``.
+Instructions: Python's ``pickletools``. What is said of tensors: ``hypersam.checkpoint_tensors``.
 """
 
 from __future__ import annotations
 
 import pickletools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
-import torch
-
+from hypersam.checkpoint_tensors import (
+    ARRAYS,
+    CALLS,
+    DTYPES,
+    FROM_TYPE,
+    ORDERED_DICT,
+    STORAGES,
+    UNUSUAL,
+    Name,
+    Other,
+    StoragePlan,
+    whole,
+)
 from hypersam.errors import CheckpointError, NotACheckpoint, UnsafeCheckpoint
 
 MAX_PICKLE_BYTES = 8 << 20
 MAX_INSTRUCTIONS = 1_000_000
 """The largest official checkpoint needs 120 kB and 30,000 instructions."""
 
-MAX_DIMENSIONS = 16
-
-_STORAGES: dict[str, torch.dtype] = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-    "ComplexFloatStorage": torch.complex64, "ComplexDoubleStorage": torch.complex128,
-    # Of quantised tensors, which are refused by their own name when they are rebuilt.
-    "QInt8Storage": torch.int8, "QUInt8Storage": torch.uint8, "QInt32Storage": torch.int32,
-    # Without a type of its own: counted in bytes, and the tensor names its dtype.
-    "UntypedStorage": torch.uint8,
-}  # fmt: skip
-_DTYPES: dict[str, torch.dtype] = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        *_STORAGES.values(), torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2,
-    )
-}  # fmt: skip
-_UNUSUAL = {
-    "_rebuild_sparse_tensor": "a sparse tensor", "_rebuild_sparse_csr_tensor": "a sparse tensor",
-    "_rebuild_qtensor": "a quantised tensor", "_rebuild_meta_tensor_no_storage": "a meta tensor",
-    "_rebuild_nested_tensor": "a nested tensor", "_rebuild_device_tensor_from_numpy": "a tensor of another device",
-    "_rebuild_device_tensor_from_cpu_tensor": "a tensor of another device",
-    "_rebuild_wrapper_subclass": "a tensor of another class",
-}  # fmt: skip
 # Harmless and of no interest: what is around a state dict. Their values are not made.
 _IGNORED = frozenset({
     "builtins.set", "builtins.frozenset", "builtins.complex", "builtins.bytearray", "__builtin__.set",
@@ -57,44 +41,11 @@ _IGNORED = frozenset({
     "collections.defaultdict", "torch.Size", "torch.device", "torch.serialization._get_layout", "torch.Tensor",
     "torch.per_tensor_affine", "torch.per_tensor_symmetric", "torch.per_channel_affine",
     "torch.per_channel_symmetric", "torch.per_channel_affine_float_qparams",
+    # What training scripts keep beside the weights: their arguments, figures, paths and times.
+    "argparse.Namespace", "types.SimpleNamespace", "numpy.dtype", "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar", "numpy.ndarray", "pathlib.Path", "pathlib.PosixPath", "pathlib.WindowsPath",
+    "pathlib.PurePosixPath", "datetime.datetime", "datetime.timedelta",
 })  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StoragePlan:
-    """A run of ``count`` values of ``dtype`` that the file keeps under ``key``."""
-
-    key: str
-    dtype: torch.dtype
-    count: int
-
-
-@dataclass(frozen=True)
-class TensorPlan:
-    """A tensor as a window of a storage. ``offset`` and ``stride`` are in values of ``dtype``."""
-
-    storage: StoragePlan
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Other:
-    """Something that is no dense tensor, in words; ``tensor``: whether it is one of another sort."""
-
-    what: str
-    tensor: bool = False
-
-
-@dataclass(frozen=True)
-class _Name:
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
 
 
 _MARK = object()
@@ -264,13 +215,14 @@ class _Machine:
         self._name(module, name)
 
     def _name(self, module: str, name: str) -> None:
-        found = _Name(module, name)
+        found = Name(module, name)
         if not (
-            (module in ("torch", "torch.cuda", "torch.storage") and (name in _STORAGES or name in _DTYPES))
+            (module in ("torch", "torch.cuda", "torch.storage") and (name in STORAGES or name in DTYPES))
             or str(found) in _IGNORED
-            or found == _ORDERED_DICT
-            or str(found) in _CALLS
-            or (module == "torch._utils" and name in _UNUSUAL)
+            or found == ORDERED_DICT
+            or found in ARRAYS
+            or str(found) in CALLS
+            or (module == "torch._utils" and name in UNUSUAL)
         ):
             self._refuse(str(found))
         self._stack.append(found)
@@ -281,31 +233,42 @@ class _Machine:
         if not isinstance(given, tuple) or len(given) not in (5, 6) or given[0] != "storage":
             raise ValueError("a persistent id is no storage")
         kind, key, count = given[1], given[2], given[4]
-        if not isinstance(kind, _Name) or kind.name not in _STORAGES:
+        if not isinstance(kind, Name) or kind.name not in STORAGES:
             raise ValueError("a storage is of no known type")
         if len(given) == 6 and given[5] is not None:
             raise CheckpointError(
                 f"{self._file} has storages that are views of others, as PyTorch 0.3 wrote; save it anew"
             )
-        if not isinstance(key, str) or not _whole(count):
+        if not isinstance(key, str) or not whole(count):
             raise ValueError("a storage has no key or no size")
-        self._stack.append(StoragePlan(key, _STORAGES[kind.name], count))
+        self._stack.append(StoragePlan(key, STORAGES[kind.name], count))
 
     def _reduce(self, _: Any) -> None:
         arguments, called = self._pop(), self._pop()
-        if not isinstance(called, _Name) or not isinstance(arguments, tuple):
+        if not isinstance(called, Name) or not isinstance(arguments, tuple):
             self._refuse("a call of what is no name")
         self._stack.append(self._called(called, arguments))
 
-    def _called(self, called: _Name, arguments: tuple[Any, ...]) -> Any:
-        if called.module == "torch._utils" and called.name in _UNUSUAL:
-            return Other(_UNUSUAL[called.name], tensor=True)
-        if called == _ORDERED_DICT:
+    def _new_object(self, _: Any) -> None:
+        """An instance of a class: a call, as far as this machine is concerned, and none of a class of tensors."""
+        arguments, made = self._pop(), self._pop()
+        if not isinstance(made, Name) or not isinstance(arguments, tuple):
+            self._refuse("an object of what is no name")
+        if str(made) not in _IGNORED:
+            self._refuse(f"an object of {made}")
+        self._stack.append(Other(f"a {made.name}"))
+
+    def _called(self, called: Name, arguments: tuple[Any, ...]) -> Any:
+        if called.module == "torch._utils" and called.name in UNUSUAL:
+            return Other(UNUSUAL[called.name], tensor=True)
+        if called in ARRAYS:
+            return Other("a NumPy array", tensor=True)
+        if called == ORDERED_DICT:
             return self._ordered_dict(arguments)
-        if (rule := _CALLS.get(str(called))) is not None:
-            if called == _FROM_TYPE:  # (function, type, arguments, attributes): a tensor that attributes were set on
+        if (rule := CALLS.get(str(called))) is not None:
+            if called == FROM_TYPE:  # (function, type, arguments, attributes): a tensor that attributes were set on
                 inner, _, inner_arguments, _ = arguments
-                if not isinstance(inner, _Name) or inner == _FROM_TYPE or not isinstance(inner_arguments, tuple):
+                if not isinstance(inner, Name) or inner == FROM_TYPE or not isinstance(inner_arguments, tuple):
                     raise ValueError("a tensor cannot be rebuilt")
                 return self._called(inner, inner_arguments)
             return rule(arguments)
@@ -329,7 +292,7 @@ class _Machine:
     def _build(self, _: Any) -> None:
         """Attributes, such as the ``_metadata`` of a state dict, are read and forgotten."""
         self._pop()
-        if isinstance(self._top(), _Name):
+        if isinstance(self._top(), Name):
             self._refuse("attributes of a name")
 
     def _set_items_of_other(self, _: Any) -> None:
@@ -342,54 +305,9 @@ class _Machine:
         self._stack.append(Other("a frozenset"))
 
 
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 62
-
-
-def _sizes(value: Any) -> tuple[int, ...]:
-    if not isinstance(value, tuple) or len(value) > MAX_DIMENSIONS or not all(_whole(v) for v in value):
-        raise ValueError("sizes and strides must be whole numbers")
-    return value
-
-
-def _tensor(arguments: tuple[Any, ...], dtype: torch.dtype | None = None) -> TensorPlan:
-    storage, offset, shape, stride = arguments[:4]
-    if not isinstance(storage, StoragePlan) or not _whole(offset):
-        raise ValueError("a tensor has no storage")
-    shape, stride = _sizes(shape), _sizes(stride)
-    if len(shape) != len(stride):
-        raise ValueError("a tensor has not as many strides as dimensions")
-    return TensorPlan(storage, dtype or storage.dtype, offset, shape, stride)
-
-
-def _tensor_v3(arguments: tuple[Any, ...]) -> TensorPlan:
-    given = arguments[6]
-    if not isinstance(given, _Name) or given.name not in _DTYPES:
-        raise ValueError("a tensor is of no known dtype")
-    return _tensor(arguments, _DTYPES[given.name])
-
-
-def _parameter(arguments: tuple[Any, ...]) -> Any:
-    if not isinstance(arguments[0], (TensorPlan, Other)):
-        raise ValueError("a parameter has no tensor")
-    return arguments[0]
-
-
 def _short(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
-
-_ORDERED_DICT = _Name("collections", "OrderedDict")
-_FROM_TYPE = _Name("torch._tensor", "_rebuild_from_type_v2")
-_CALLS: dict[str, Callable[[tuple[Any, ...]], Any]] = {
-    "torch._utils._rebuild_tensor": _tensor,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_tensor_v3": _tensor_v3,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch._utils._rebuild_parameter_with_state": _parameter,
-    "torch.nn.parameter.Parameter": _parameter,
-    str(_FROM_TYPE): _parameter,  # taken apart by the machine
-}
 
 _PUSHES = frozenset({
     "INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING",
@@ -406,6 +324,6 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "TUPLE3": lambda m, _: m._tuple_of(3), "LIST": _Machine._list, "APPEND": _Machine._append,
     "APPENDS": _Machine._appends, "DICT": _Machine._dict, "SETITEM": _Machine._setitem,
     "SETITEMS": _Machine._setitems, "GLOBAL": _Machine._global, "STACK_GLOBAL": _Machine._stack_global,
-    "BINPERSID": _Machine._persistent, "REDUCE": _Machine._reduce, "BUILD": _Machine._build,
-    "ADDITEMS": _Machine._set_items_of_other, "FROZENSET": _Machine._frozenset,
+    "BINPERSID": _Machine._persistent, "REDUCE": _Machine._reduce, "NEWOBJ": _Machine._new_object,
+    "BUILD": _Machine._build, "ADDITEMS": _Machine._set_items_of_other, "FROZENSET": _Machine._frozenset,
 }  # fmt: skip

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
 import os
 import pickle
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -56,6 +59,31 @@ def test_all_containers_give_the_same_tensors(tmp_path: Path) -> None:
         checkpoint = read_checkpoint(tmp_path / name)
         assert checkpoint.container == container == container_of(tmp_path / name)
         assert all(torch.equal(checkpoint.tensors[k], v) for k, v in state.items())
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_what_training_scripts_keep_beside_the_weights_is_passed_over(tmp_path: Path, protocol: int) -> None:
+    state = official_sam().state_dict()
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimizer.step()
+    content = {
+        "model": state, "optimizer": optimizer.state_dict(), "epoch": 3, "best": np.float64(0.5),
+        "args": argparse.Namespace(lr=1e-4, out=tmp_path), "history": np.arange(3), "rng": torch.get_rng_state(),
+        "when": datetime.datetime(2026, 1, 1), "shape": torch.Size([1]), "sets": {"a", "b"},
+    }  # fmt: skip
+    torch.save(content, tmp_path / "a.pth", pickle_protocol=protocol)
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    assert checkpoint.wrapper == "model"
+    assert checkpoint.tensors.keys() == state.keys()
+    assert all(torch.equal(checkpoint.tensors[k], v) for k, v in state.items())
+
+
+def test_weights_that_are_arrays_are_named(tmp_path: Path) -> None:
+    torch.save({"model": {"w": np.zeros(3)}}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="'w' is a NumPy array; dense ones are read"):
+        read_checkpoint(tmp_path / "a.pth")
 
 
 @pytest.mark.parametrize("new_format", [True, False])
