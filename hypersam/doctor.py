@@ -304,17 +304,23 @@ def check_memory(settings: Settings) -> Finding:
     return fine("memory", f"{available / GIB:.1f} GiB are left", **facts)
 
 
-def available_memory() -> int | None:
+def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int | None:
     """Return the bytes that this process may still take, or None where the system does not tell."""
     left = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 left.append(int(line.split()[1]) * 1024)
-    group = Path("/sys/fs/cgroup")
-    with contextlib.suppress(OSError, ValueError):  # no limit reads "max"
-        limit = int((group / "memory.max").read_text())
-        left.append(limit - int((group / "memory.current").read_text()))
+    # The second version's names and the first's. Without a limit these read "max" or a number beyond any memory.
+    for limit, used, cached in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            stat = dict(line.split() for line in (group / used).with_name("memory.stat").read_text().splitlines())
+            # Pages of files that nobody looks at are counted as used, and given up when memory is asked for.
+            taken = int((group / used).read_text()) - int(stat.get(cached, 0))
+            left.append(int((group / limit).read_text()) - taken)
     return min(left, default=None)
 
 

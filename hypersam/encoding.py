@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hypersam.allocation import Choice
+from hypersam.cores import usable_cores
 from kernels.codec import BirkhoffConfig, Encoded, HalfTensor, RawTensor, decode, encode, lattice, orbit
 
 _MERGED_COLUMNS = 128
@@ -116,7 +116,7 @@ def encode_all(
     progress(done)
     # The largest first, so that no thread is left with one at the end.
     order = sorted(tensors, key=lambda name: -tensors[name].numel())
-    with ThreadPoolExecutor(threads or os.cpu_count() or 1, thread_name_prefix="encode") as pool:
+    with ThreadPoolExecutor(threads or usable_cores(), thread_name_prefix="encode") as pool:
         running: dict[Future[EncodedTensor], str] = {pool.submit(one, name): name for name in order}
         try:
             while running:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hypersam.checkpoint import read_checkpoint
+from hypersam.cores import usable_cores
 from hypersam.errors import ArtifactError, InvalidOption, LayoutMismatch, NotACheckpoint, Unavailable, artifact_errors
 from hypersam.sam.detect import Detected, detect
 from hypersam.sam.families import family_of
@@ -186,7 +186,7 @@ def compressed_model(
             raise ArtifactError(f"{key}: {error}") from error
 
     names = list(network.state_dict())
-    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="load") as pool:
+    with ThreadPoolExecutor(usable_cores(), thread_name_prefix="load") as pool:
         filled = dict(zip(names, pool.map(one, names), strict=True))
     state = {key: made for key, made in filled.items() if isinstance(made, Tensor)}
     layers = {key: made for key, made in filled.items() if not isinstance(made, Tensor)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hypersam.allocation import Choice, Cost, Curves, Plan, TensorFacts, curves
+from hypersam.cores import usable_cores
 from hypersam.encoding import as_fp32, columns_of, offset_of, squares
 from hypersam.options import Goal
 from hypersam.sam.detect import Detected
@@ -85,7 +85,7 @@ def measured_curves(
         return curves([facts], lambda _, choice: _cost(tensor, choice, layer=layer), max_error=goal.max_error)
 
     found: list[Curves] = []
-    with ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="plan") as pool:
+    with ThreadPoolExecutor(usable_cores(), thread_name_prefix="plan") as pool:
         for number, each in enumerate(pool.map(one, names), 1):
             if each is not None:
                 found.append(each)

@@ -6,11 +6,11 @@ import os
 
 import pytest
 
-from hypersam.openmp import sleep_while_waiting
+from hypersam.cores import share_cores
 
 # Several runs share the cores, and what they start inherits this. Threads that spin while they wait made a test of one
 # second take minutes on two busy cores.
-sleep_while_waiting()
+share_cores()
 
 import torch  # noqa: E402  (reads the environment when it is loaded)
 

@@ -7,16 +7,16 @@ import signal
 import sys
 
 from hypersam import doctor, logs
+from hypersam.cores import share_cores
 from hypersam.embedded_redis import die_with_parent
 from hypersam.errors import HypersamError
-from hypersam.openmp import sleep_while_waiting
 from hypersam.settings import Settings
 from workers.worker import run
 
 
 def main() -> int:
     """Work until SIGTERM or SIGINT; a second one gives up the running job, which another worker retries."""
-    sleep_while_waiting()
+    share_cores()
     settings = Settings()
     logs.configure(settings)
     parent = os.environ.pop("HYPERSAM_PARENT", None)

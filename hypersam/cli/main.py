@@ -13,8 +13,8 @@ from rich.console import Console
 from hypersam import __version__
 from hypersam.cli import bench
 from hypersam.codecs import DEFAULT_CODEC
+from hypersam.cores import share_cores
 from hypersam.errors import HypersamError
-from hypersam.openmp import sleep_while_waiting
 
 if TYPE_CHECKING:
     from hypersam.settings import Settings
@@ -253,7 +253,7 @@ def new_key_command(
 
 def main() -> None:
     """Entry of the console script. A user's mistake ends in one line on standard error and exit code 1."""
-    sleep_while_waiting()
+    share_cores()
     try:
         app()
     except HypersamError as error:

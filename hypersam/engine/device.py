@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 import torch
 from torch import Tensor
 
+from hypersam.cores import use_cores
 from hypersam.engine.cache import EmbeddingCache, Key
 from hypersam.engine.decoding import AT_ONCE, Decoded, decode
 from hypersam.engine.flights import Flight
@@ -21,7 +22,6 @@ from hypersam.engine.memory import out_of_memory, release
 from hypersam.engine.prompts import Prompt
 from hypersam.engine.residency import ModelPool, Resident
 from hypersam.errors import HypersamError, Unavailable
-from hypersam.openmp import use_cores
 from hypersam.sam.model import Embedding
 
 log = logging.getLogger(__name__)

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hypersam.cores import use_cores
 from hypersam.engine.cache import EmbeddingCache, Key
 from hypersam.engine.decoding import Decoded, full_masks
 from hypersam.engine.device import MOST_PICTURES, Decode, DeviceThread, Encode
@@ -29,7 +30,6 @@ from hypersam.engine.prompts import ModelFile, Prompt, Segmentation, check_promp
 from hypersam.engine.residency import ModelPool, Resident
 from hypersam.errors import Overloaded, PromptError, Unavailable, UnknownImage
 from hypersam.loading import resolve_device
-from hypersam.openmp import use_cores
 from hypersam.sam.model import Embedding, SamModel
 from hypersam.settings import Settings
 

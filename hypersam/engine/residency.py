@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 import torch
 
+from hypersam.cores import use_cores
 from hypersam.engine.flights import Flight, Flights
 from hypersam.engine.memory import out_of_memory, release
 from hypersam.engine.prompts import ModelFile
 from hypersam.errors import NotACheckpoint, Unavailable, UnknownModel
 from hypersam.loading import Residency, load_model
-from hypersam.openmp import use_cores
 from hypersam.sam.model import SamModel
 
 log = logging.getLogger(__name__)

@@ -185,6 +185,26 @@ def test_memory_is_compared_with_what_models_may_take() -> None:
     assert doctor.check_memory(Settings(resident_bytes=1 << 60)).health is Health.WARNING
 
 
+@pytest.mark.parametrize(
+    ("limit", "used", "cached"),
+    [
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_memory_of_a_container(limit: str, used: str, cached: str, tmp_path: Path) -> None:
+    (tmp_path / limit).parent.mkdir(exist_ok=True)
+    for name, text in (
+        (limit, "1000"),
+        (used, "700"),
+        (str(Path(limit).parent / "memory.stat"), f"anon 300\n{cached} 400"),
+    ):
+        (tmp_path / name).write_text(text + "\n")
+    assert doctor.available_memory(tmp_path) == 1000 - (700 - 400)
+    (tmp_path / limit).write_text("max\n")
+    assert (doctor.available_memory(tmp_path) or 0) > 1 << 20
+
+
 def test_a_device_that_hangs() -> None:
     [found] = doctor.check_device(Settings(device="cpu"), timeout=0.01)
     assert found.health is Health.BROKEN
