@@ -41,10 +41,19 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str, ensure_ascii=False)
 
 
+class TextFormatter(logging.Formatter):
+    """A line for people; the request's id stands at its end, in brackets."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the line without what follows it, such as a traceback."""
+        found = getattr(record, "request_id", None)
+        return super().formatMessage(record) + (f" [{found}]" if found is not None else "")
+
+
 def configure(settings: Settings) -> None:
     """Send this process's log to standard error in the form and from the level that the settings name."""
     handler = logging.StreamHandler()
     handler.addFilter(_RequestId())
     form = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else logging.Formatter(form))
+    handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter(form))
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler])

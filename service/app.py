@@ -19,6 +19,7 @@ from hypersam.store import open_store
 from service import errors, page
 from service.deps import State
 from service.guard import Guard, secured
+from service.last_resort import LastResort
 from service.metrics import MeasureRequests, Metrics
 from service.openapi import document_of
 from service.readiness import Readiness
@@ -72,6 +73,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.openapi = lambda: document_of(app, secured(settings.keys()))  # type: ignore[method-assign]
     errors.install(app)
     app.add_middleware(Guard, settings=settings)
+    app.add_middleware(LastResort)
     app.add_middleware(MeasureRequests, metrics=metrics)
     if settings.cors_origins:
         app.add_middleware(

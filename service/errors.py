@@ -121,6 +121,11 @@ def _sendable(text: str) -> str:
 
 
 async def _known(_: Request, error: Exception) -> Response:
+    return answer(error)
+
+
+def answer(error: Exception) -> Response:
+    """Return the problem document of an error of this program, of Redis, or of a client that went away."""
     status = status_of(error)
     headers: dict[str, str] = {}
     if status == 503:
@@ -168,6 +173,11 @@ def _methods(request: Request) -> set[str]:
 
 
 async def _unexpected(_: Request, error: Exception) -> Response:
+    return unexpected()
+
+
+def unexpected() -> Response:
+    """Return the problem document of an error that nobody foresaw: nothing of it leaves the service."""
     return problem(500, "internal_error", "something went wrong here; the service's log tells what")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from hypersam.sam.model import Embedding, SamModel
 
 AT_ONCE = 32
 """Prompts handed to the decoder at once; on a CPU it takes them in parts that its caches hold."""
+
+PIXELS_AT_ONCE = 1 << 24
+"""Of full-size masks made without a look at what else waits: some tenths of a second on a CPU."""
 
 Decoded = tuple[Tensor, Tensor]
 """Low-resolution logits (M, s, s) of a prompt and predicted IoU (M,)."""
@@ -71,13 +74,27 @@ def _decode(
     return model.decode(embedding, clicks, boxes, masks, multimask=multimask)
 
 
-def full_masks(model: SamModel, embedding: Embedding, decoded: Sequence[Decoded]) -> tuple[Mask, ...]:
-    """Masks of the picture's size, the best first within a prompt.
+def in_parts(decoded: Sequence[Decoded], pixels: int) -> Iterator[tuple[int, Sequence[Decoded]]]:
+    """Prompts whose full-size masks have PIXELS_AT_ONCE together, or one, with the number of the first of them."""
+    each = max(1, PIXELS_AT_ONCE // (pixels * max((len(scores) for _, scores in decoded), default=1)))
+    for first in range(0, len(decoded), each):
+        yield first, decoded[first : first + each]
+
+
+def on_cpu(decoded: Sequence[Decoded]) -> list[Decoded]:
+    """The same in the CPU's memory."""
+    return [(masks.cpu(), scores.cpu()) for masks, scores in decoded]
+
+
+def full_masks(
+    model: SamModel, embedding: Embedding, decoded: Sequence[Decoded], *, first: int = 0
+) -> tuple[Mask, ...]:
+    """Masks of the picture's size, the best first within a prompt; ``first``: the number of the first prompt.
 
     Prompts are upscaled one by one: a large picture times many prompts would not fit in memory.
     """
     made: list[Mask] = []
-    for number, (low_res, scores) in enumerate(decoded):
+    for number, (low_res, scores) in enumerate(decoded, first):
         full = model.binary(model.upscale(low_res[None], embedding)[0]).cpu().numpy()
         logits, values = model.rules.kept(low_res).cpu().numpy(), scores.tolist()
         for i in sorted(range(len(values)), key=lambda i: -values[i]):

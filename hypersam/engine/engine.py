@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import math
 import threading
@@ -21,12 +22,12 @@ from numpy.typing import NDArray
 
 from hypersam.cores import use_cores
 from hypersam.engine.cache import EmbeddingCache, Key
-from hypersam.engine.decoding import Decoded, full_masks
+from hypersam.engine.decoding import Decoded, full_masks, in_parts, on_cpu
 from hypersam.engine.device import MOST_PICTURES, Decode, DeviceThread, Encode
-from hypersam.engine.everything import Everything, Found, Grid, click, sift, suppress
+from hypersam.engine.everything import Candidates, Everything, Found, Grid, click, promising, sift, suppress
 from hypersam.engine.flights import Flight, Flights
 from hypersam.engine.memory import out_of_memory, release
-from hypersam.engine.prompts import ModelFile, Prompt, Segmentation, check_prompts, check_suits, image_id_of
+from hypersam.engine.prompts import Mask, ModelFile, Prompt, Segmentation, check_prompts, check_suits, image_id_of
 from hypersam.engine.residency import ModelPool, Resident
 from hypersam.errors import Overloaded, PromptError, Unavailable, UnknownImage
 from hypersam.loading import resolve_device
@@ -39,6 +40,7 @@ Picture = NDArray[np.uint8] | Callable[[], NDArray[np.uint8]]
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
+L = TypeVar("L")
 T = TypeVar("T")
 
 PICTURES_AT_ONCE = 2  # taken apart or put together: each may take hundreds of MB, and a core
@@ -97,13 +99,14 @@ class Engine:
         *,
         multimask: bool,
         image_id: str | None = None,
+        admitted: bool = False,
     ) -> Segmentation:
         """Masks for prompts on a picture, or on one seen before by its ``image_id``.
 
-        Raises PromptError, UnknownImage, ImageError, Overloaded, Unavailable, or ArtifactError where the model
-        cannot be loaded.
+        ``admitted``: the caller holds a place for it, see ``admit``. Raises PromptError, UnknownImage, ImageError,
+        Overloaded, Unavailable, or ArtifactError where the model cannot be loaded.
         """
-        with self._admitted():
+        with contextlib.nullcontext() if admitted else self.admit():
             clock = _Clock()
             embedded = await self._embed(
                 file, picture, image_id, clock, lambda size: check_prompts(prompts, *size),
@@ -118,25 +121,30 @@ class Engine:
                     field="prompts",
                 )
             decoded = await self._decode(embedded, prompts, multimask, clock)
-            masks = await self._on(self._after, self._made, full_masks, embedded, decoded)
+            masks: list[Mask] = []
+            for first, part in in_parts(decoded, width * height):
+                make = partial(full_masks, first=first)
+                masks += await self._on(self._after, self._made, make, embedded, part, on_cpu)
             clock.lap("masks")
-            return Segmentation(embedded.image_id, width, height, masks, clock.laps, embedded.lookup)
+            return Segmentation(embedded.image_id, width, height, tuple(masks), clock.laps, embedded.lookup)
 
     async def everything(
         self, file: ModelFile, picture: Picture | None, grid: Grid, *, image_id: str | None = None
     ) -> Everything:
         """Masks of all that a grid of points finds, the best first. Raises as ``segment`` does."""
-        with self._admitted():
+        with self.admit():
             clock = _Clock()
             embedded = await self._embed(file, picture, image_id, clock)
             height, width = embedded.embedding.original_size
             points = grid.points(width, height)
             found: list[Found] = []
             for start in range(0, len(points), _GRID_CHUNK):
-                part = points[start : start + _GRID_CHUNK]
-                decoded = await self._decode(embedded, [click(p) for p in part], True, clock)
-                sifted = partial(sift, points=part, grid=grid)
-                found += await self._on(self._after, self._made, sifted, embedded, decoded)
+                some = points[start : start + _GRID_CHUNK]
+                decoded = await self._decode(embedded, [click(p) for p in some], True, clock)
+                candidates = await self._on(self._after, promising, decoded, grid)
+                sifted = partial(sift, points=some, grid=grid)
+                for part in candidates.parts(width * height):
+                    found += await self._on(self._after, self._made, sifted, embedded, part, Candidates.cpu)
                 clock.lap("masks")
             kept = await self._on(self._after, suppress, found, grid)
             clock.lap("masks")
@@ -144,7 +152,7 @@ class Engine:
 
     async def embed(self, file: ModelFile, picture: Picture) -> Segmentation:
         """Make a picture's embedding ahead of its prompts: an answer without masks."""
-        with self._admitted():
+        with self.admit():
             clock = _Clock()
             embedded = await self._embed(file, picture, None, clock)
             height, width = embedded.embedding.original_size
@@ -224,10 +232,14 @@ class Engine:
         self._cache.forget()
 
     @contextmanager
-    def _admitted(self) -> Iterator[None]:
+    def admit(self, pictures: int = 1) -> Iterator[None]:
+        """Hold places among the requests that wait, all or none. Raises Overloaded and Unavailable.
+
+        One request may bring more pictures than there are places; then it has to be the only one.
+        """
         with self._lock:
-            self._refuse_if_full()
-            self._inside += 1
+            self._refuse_if_full(pictures)
+            self._inside += pictures
         try:
             yield
         except asyncio.CancelledError:
@@ -239,12 +251,12 @@ class Engine:
                 if self._inside > 1:
                     self._pace += 0.1 * (now - self._answered_at - self._pace)
                 self._answered_at = now
-                self._inside -= 1
+                self._inside -= pictures
 
-    def _refuse_if_full(self) -> None:
+    def _refuse_if_full(self, pictures: int = 1) -> None:
         if self._closing:
             raise Unavailable("the service is shutting down")
-        if self._inside >= self._max_waiting:
+        if self._inside and self._inside + pictures > self._max_waiting:
             self._rejected += 1
             wait = min(60, max(1, math.ceil(self._pace * self._inside / 2)))
             raise Overloaded(f"{self._inside} requests are waiting already; try again in {wait} s", retry_after=wait)
@@ -320,14 +332,16 @@ class Engine:
 
     def _made(
         self,
-        make: Callable[[SamModel, Embedding, Sequence[Decoded]], T],
+        make: Callable[[SamModel, Embedding, L], T],
         embedded: _Embedded,
-        decoded: Sequence[Decoded],
+        low_res: L,
+        moved: Callable[[L], L],
     ) -> T:
-        """What ``make`` makes of low-resolution masks; on the CPU where the device has no memory for it."""
+        """What ``make`` makes of low-resolution masks; on the CPU, where ``moved`` takes them, if the device has no
+        memory for it."""
         model, embedding = embedded.resident.model, embedded.embedding
         try:
-            return make(model, embedding, decoded)
+            return make(model, embedding, low_res)
         except Exception as error:
             if not out_of_memory(error):
                 raise
@@ -336,7 +350,7 @@ class Engine:
             self._shortages += 1
         release()  # out of the handler, whose traceback holds the tensors
         try:
-            return make(model, embedding, [(masks.cpu(), scores.cpu()) for masks, scores in decoded])
+            return make(model, embedding, moved(low_res))
         except Exception as error:
             if not out_of_memory(error):
                 raise

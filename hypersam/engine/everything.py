@@ -5,7 +5,7 @@ The procedure is that of SAM's automatic mask generation (Kirillov et al. 2023, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hypersam.engine.decoding import Decoded
+from hypersam.engine.decoding import PIXELS_AT_ONCE, Decoded
 from hypersam.engine.prompts import Prompt
 from hypersam.images import from_rle, to_rle
 from hypersam.sam.model import Embedding, SamModel
 from hypersam.sam.official import batched_mask_to_box, build_point_grid, calculate_stability_score
 
-_LOGIT_BYTES = 128 << 20
-"""Bytes of full-size logits held at once."""
 _THRESHOLD = 0.0
 """Where every family parts inside from outside."""
 
@@ -82,31 +80,54 @@ class Everything:
         return self.lookup == "hit"
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """Masks of a grid's points: low-resolution logits (M, s, s), predicted IoU (M,), and whose each is (M,)."""
+
+    low_res: Tensor
+    scores: Tensor
+    owners: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+    def parts(self, pixels: int) -> Iterator[Candidates]:
+        """Parts whose full-size masks have PIXELS_AT_ONCE together, for a picture of so many; of one at least."""
+        each = max(1, PIXELS_AT_ONCE // pixels)
+        for start in range(0, len(self), each):
+            part = slice(start, start + each)
+            yield Candidates(self.low_res[part], self.scores[part], self.owners[part])
+
+    def cpu(self) -> Candidates:
+        """The same on the CPU."""
+        return Candidates(self.low_res.cpu(), self.scores.cpu(), self.owners)
+
+
 def click(point: NDArray[np.float64]) -> Prompt:
     """One point inside."""
     return Prompt(points=((float(point[0]), float(point[1])),), labels=(1,))
 
 
 @torch.inference_mode()
-def sift(
-    model: SamModel, embedding: Embedding, decoded: Sequence[Decoded], *, points: NDArray[np.float64], grid: Grid
-) -> list[Found]:
-    """The masks of some points that pass both filters, where the decoder's tensors are."""
+def promising(decoded: Sequence[Decoded], grid: Grid) -> Candidates:
+    """Those masks of some points that pass the first filter, the decoder's own score."""
     low_res = torch.cat([masks for masks, _ in decoded])
     scores = torch.cat([values for _, values in decoded])
-    owners = torch.cat([torch.full((len(values),), row) for row, (_, values) in enumerate(decoded)])
+    owners = np.repeat(np.arange(len(decoded)), [len(values) for _, values in decoded])
     good = torch.nonzero(scores > grid.pred_iou_thresh)[:, 0]
-    height, width = embedding.original_size
-    at_once = max(1, _LOGIT_BYTES // (4 * height * width))
-    found: list[Found] = []
-    for start in range(0, len(good), at_once):
-        part = good[start : start + at_once]
-        logits = model.upscale(low_res[part][None], embedding)[0]
-        stability = calculate_stability_score(logits, _THRESHOLD, grid.stability_score_offset)
-        stable = torch.nonzero(stability >= grid.stability_score_thresh)[:, 0]
-        masks = model.binary(logits[stable])
-        found += _found(masks, scores[part][stable], stability[stable], points[owners[part.cpu()][stable.cpu()]])
-    return found
+    return Candidates(low_res[good], scores[good], owners[good.cpu().numpy()])
+
+
+@torch.inference_mode()
+def sift(
+    model: SamModel, embedding: Embedding, candidates: Candidates, *, points: NDArray[np.float64], grid: Grid
+) -> list[Found]:
+    """Those that pass the second filter, the stability of the full-size mask, where the decoder's tensors are."""
+    logits = model.upscale(candidates.low_res[None], embedding)[0]
+    stability = calculate_stability_score(logits, _THRESHOLD, grid.stability_score_offset)
+    stable = torch.nonzero(stability >= grid.stability_score_thresh)[:, 0]
+    owners = candidates.owners[stable.cpu().numpy()]
+    return _found(model.binary(logits[stable]), candidates.scores[stable], stability[stable], points[owners])
 
 
 def _found(masks: Tensor, scores: Tensor, stability: Tensor, points: NDArray[np.float64]) -> list[Found]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Coroutine, Mapping, Sequence
 from functools import partial
@@ -41,6 +42,7 @@ router = APIRouter(tags=["segment"])
 
 PNG = "image/png"
 GEOJSON = "application/geo+json"
+_QUALITY = re.compile(r"(0(\.\d{0,3})?|1(\.0{0,3})?)")
 T = TypeVar("T")
 
 
@@ -164,17 +166,18 @@ async def _segment_all(state: State, model: ModelFile, asked: Asked) -> list[Seg
     def one(picture: AskedPicture) -> Coroutine[Any, Any, Segmentation]:
         return state.engine.segment(
             model, picture_of(picture.image, state), picture.prompts, multimask=asked.multimask,
-            image_id=picture.image_id,
+            image_id=picture.image_id, admitted=True,
         )  # fmt: skip
 
-    if not asked.many:
-        return [await one(asked.pictures[0])]
-    try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_placed(one(p), number)) for number, p in enumerate(asked.pictures)]
-    except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
-    return [task.result() for task in tasks]
+    with state.engine.admit(len(asked.pictures)):
+        if not asked.many:
+            return [await one(asked.pictures[0])]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(_placed(one(p), number)) for number, p in enumerate(asked.pictures)]
+        except BaseExceptionGroup as errors:
+            raise errors.exceptions[0] from None
+        return [task.result() for task in tasks]
 
 
 async def _placed(work: Coroutine[Any, Any, T], number: int) -> T:
@@ -188,11 +191,19 @@ async def _placed(work: Coroutine[Any, Any, T], number: int) -> T:
 
 
 def _accepted(request: Request, *offered: str) -> str | None:
-    """Which of the kinds ``offered`` beside JSON Accept names, alone or among others; ``*/*`` and ``image/*`` mean
-    JSON."""
-    kinds = ",".join(request.headers.getlist("accept")).split(",")
-    named = {kind.partition(";")[0].strip().lower() for kind in kinds}
-    return next((kind for kind in offered if kind in named), None)
+    """The kind that Accept names with the highest quality of those ``offered``; None for JSON.
+
+    JSON is the answer to a header that names none of them (``*/*`` and ``image/*`` name none) or likes JSON better
+    (RFC 9110, section 12.5.1).
+    """
+    liked: dict[str, float] = {}
+    for part in ",".join(request.headers.getlist("accept")).split(","):
+        kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        quality = next((value for name, _, value in (p.partition("=") for p in parameters) if name.strip() == "q"), "1")
+        liked[kind] = float(quality) if _QUALITY.fullmatch(quality.strip()) else 0.0
+    best = max(offered, key=lambda kind: liked.get(kind, 0.0))
+    json = next((liked[kind] for kind in ("application/json", "application/*", "*/*") if kind in liked), 0.0)
+    return best if liked.get(best, 0.0) > 0 and liked[best] >= json else None
 
 
 def _timings(

@@ -420,6 +420,22 @@ def test_no_memory_to_load_evicts_and_tries_again(
     assert tries == [1, 0]
 
 
+def test_more_pictures_than_places_when_nobody_else_waits(
+    start: Callable[..., Engine], files: tuple[ModelFile, ModelFile]
+) -> None:
+    engine = start(max_waiting=3)
+    with engine.admit(5):
+        assert engine.stats()["waiting"] == 5
+        with pytest.raises(Overloaded):
+            engine.segment_sync(files[0], picture(), [POINT], multimask=True)
+        assert asyncio.run(engine.segment(files[0], picture(), [POINT], multimask=True, admitted=True)).masks
+    with engine.admit(), pytest.raises(Overloaded), engine.admit(3):
+        pass
+    with engine.admit(), engine.admit(2):
+        pass
+    assert engine.stats()["waiting"] == 0
+
+
 def test_masks_too_large_for_the_device_are_made_on_the_cpu(
     start: Callable[..., Engine], files: tuple[ModelFile, ModelFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:

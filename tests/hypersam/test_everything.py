@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import threading
 import time
 from collections.abc import Iterator
 from importlib.resources import files
@@ -17,8 +18,9 @@ from PIL import Image
 from segment_anything import SamAutomaticMaskGenerator
 from segment_anything.modeling import Sam
 
-from hypersam.engine import Engine, Everything, Found, Grid, ModelFile
+from hypersam.engine import Engine, Everything, Found, Grid, ModelFile, Prompt, decoding, everything
 from hypersam.sam.detect import detect
+from hypersam.sam.model import Embedding, SamModel
 from hypersam.settings import Settings
 from tests.models import ModelSize, official_sam
 
@@ -97,6 +99,61 @@ def test_nothing_passes(engine: Engine, dense: tuple[ModelFile, Sam], scene: np.
     assert answer.masks == ()
     again = ask(engine, dense[0], None, Grid(4, pred_iou_thresh=1e9), answer.image_id)
     assert (answer.lookup, again.lookup) == ("miss", "hit")
+
+
+@pytest.mark.parametrize("masks", [1, 2, 5])
+def test_masks_in_small_parts(
+    engine: Engine, dense: tuple[ModelFile, Sam], scene: np.ndarray, masks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid = Grid(7, 0.3, 0.5)
+    whole = ask(engine, dense[0], scene, grid)
+    assert len(whole.masks) > 5
+    monkeypatch.setattr(everything, "PIXELS_AT_ONCE", masks * scene.shape[0] * scene.shape[1])
+    parts = ask(engine, dense[0], scene, grid)
+    assert [(m.point, m.rle, m.bbox) for m in parts.masks] == [(m.point, m.rle, m.bbox) for m in whole.masks]
+
+
+def test_one_mask_that_passes(engine: Engine, dense: tuple[ModelFile, Sam], scene: np.ndarray) -> None:
+    every = ask(engine, dense[0], scene, Grid(7, 0.3, 0.5))
+    best = every.masks[0]
+    found = ask(engine, dense[0], scene, Grid(7, (best.score + every.masks[1].score) / 2, 0.5)).masks
+    assert [(m.point, m.rle) for m in found] == [(best.point, best.rle)]
+
+
+@pytest.mark.parametrize("everything_there_is", [True, False])
+def test_masks_are_no_longer_made_when_the_caller_leaves(
+    engine: Engine, dense: tuple[ModelFile, Sam], scene: np.ndarray, everything_there_is: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    upscale, made = SamModel.upscale, threading.Semaphore(0)
+    count = 0
+
+    def slow(model: SamModel, low_res: torch.Tensor, embedding: Embedding) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        made.release()
+        time.sleep(0.05)
+        return upscale(model, low_res, embedding)
+
+    for module in (everything, decoding):
+        monkeypatch.setattr(module, "PIXELS_AT_ONCE", 1)
+    monkeypatch.setattr(SamModel, "upscale", slow)
+
+    async def leave() -> None:
+        if everything_there_is:
+            work = engine.everything(dense[0], scene, Grid(8, -1e9, -1))
+        else:
+            prompts = [Prompt(points=((float(n), 5.0),), labels=(1,)) for n in range(60)]
+            work = engine.segment(dense[0], scene, prompts, multimask=True)
+        task = asyncio.create_task(work)
+        await asyncio.to_thread(made.acquire)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(leave())
+    engine.close()  # what still runs ends
+    assert count <= 3
 
 
 def test_a_grid_leaves_when_its_caller_does(engine: Engine, dense: tuple[ModelFile, Sam], scene: np.ndarray) -> None:

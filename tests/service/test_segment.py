@@ -86,10 +86,23 @@ def test_png_itself_when_asked_for(api: Api, model: str) -> None:
     response = ask(api, model, points=[[3, 3]], headers={"Accept": "image/png"})
     assert response.headers["content-type"] == "image/png"
     assert Image.open(io.BytesIO(response.content)).size == (96, 64)
-    for accept in ("image/png, */*", "application/json, image/png;q=0.9", "*/*,IMAGE/PNG"):
+    for accept in (
+        "image/png, */*",
+        "application/json;q=0.5, image/png;q=0.9",
+        "*/*,IMAGE/PNG",
+        "image/png, */*;q=0.1",
+    ):
         listed = ask(api, model, points=[[3, 3]], headers={"Accept": accept})
         assert listed.headers["content-type"] == "image/png"
-    for accept in ("*/*", "image/*", "application/json"):
+    for accept in (
+        "*/*",
+        "image/*",
+        "application/json",
+        "application/json, image/png;q=0.1",
+        "image/png;q=0, */*",
+        "image/png;q=0.5,*/*",
+        "image/png;q=high",
+    ):
         other = ask(api, model, points=[[3, 3]], headers={"Accept": accept})
         assert other.headers["content-type"] == "application/json"
 
