@@ -159,7 +159,7 @@ def squares(weight: Tensor, decoded: Tensor) -> tuple[float, float]:
     """Σw² and Σ(w−ŵ)² in float64, in pieces, so that no whole copy in float64 is made."""
     signal = error = 0.0
     for w, d in zip(weight.flatten().split(_PIECE), decoded.flatten().split(_PIECE), strict=True):
-        w64 = w.double()
+        w64 = w.to(torch.float64, copy=True)  # a float64 weight would be its own copy
         signal += float(torch.dot(w64, w64))
         w64 -= d
         error += float(torch.dot(w64, w64))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import hypersam
@@ -99,3 +100,41 @@ def test_whole_numbers_where_weights_belong_are_refused(
 ) -> None:
     checkpoint(tmp_path / "a.pth", key, lambda t: (t * 100).abs().to(dtype))
     assert code_of(tmp_path / "a.pth", codec, PLAIN[codec]) == "layout_mismatch"
+
+
+@pytest.mark.parametrize(
+    ("container", "dtype"),
+    [
+        ("zip", torch.float64), ("legacy", torch.float64), ("safetensors", torch.float64), ("legacy", torch.float32),
+        ("zip", torch.bfloat16), ("safetensors", torch.float16),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("codec", "options"),
+    [
+        ("lattice", {"preset": "4x", "policy": "equal_error"}), ("lattice", {"max_error": 0.05}),
+        ("orbit", {"preset": "6.5x", "policy": "equal_error"}), ("birkhoff", {}),
+    ],
+)  # fmt: skip
+def test_weights_of_every_dtype_are_those_that_come_back(
+    tmp_path: Path, codec: str, options: dict[str, object], container: str, dtype: torch.dtype
+) -> None:
+    state = {name: tensor.to(dtype) for name, tensor in official_sam().state_dict().items()}
+    source = tmp_path / ("a.safetensors" if container == "safetensors" else "a.pth")
+    if container == "safetensors":
+        save_file(state, source)
+    else:
+        torch.save(state, source, _use_new_zipfile_serialization=container == "zip")
+    report = hypersam.compress(source, tmp_path / "a.hsam", codec=codec, options={"fidelity": False, **options})
+    assert report.sqnr_db is not None
+    with open_artifact(tmp_path / "a.hsam") as artifact:
+        decoded = artifact.state_dict()
+    assert {name: (t.dtype, t.shape) for name, t in decoded.items()} == {
+        name: (t.dtype, t.shape) for name, t in state.items()
+    }
+    signal = sum(float(t.double().square().sum()) for t in state.values())
+    error = sum(float((t.double() - decoded[name].double()).square().sum()) for name, t in state.items())
+    # What is stored as it is counts here too, so that nothing is worse than reported.
+    assert 10 * np.log10(signal / error) > report.sqnr_db - 0.5
+    for name, t in state.items():
+        assert float((t.double() - decoded[name].double()).norm()) <= 0.6 * float(t.double().norm()), name
