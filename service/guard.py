@@ -6,6 +6,8 @@ not listed here needs ``admin``, so that a new route is closed until somebody op
 
 from __future__ import annotations
 
+import base64
+import binascii
 import logging
 import math
 import time
@@ -77,11 +79,9 @@ class Guard:
         if self._keys:
             key = find_key(self._keys, _secret(request))
             if key is None:
-                detail = "send an API key as 'Authorization: Bearer …' or 'X-API-Key: …'"
-                answer = problem(
-                    401, "unauthorized", detail, headers={"WWW-Authenticate": 'Bearer realm="hypersam"', **_UNREAD}
-                )
-                await answer(scope, receive, send)
+                detail = "send an API key as 'Authorization: Bearer …', as 'X-API-Key: …' or as the password of Basic"
+                challenge = {"WWW-Authenticate": _challenge(request), **_UNREAD}
+                await problem(401, "unauthorized", detail, headers=challenge)(scope, receive, send)
                 return
             if not any(key.may(each) for each in needed):
                 detail = f"the key {key.label!r} has not the scope that this needs: {' or '.join(needed)}"
@@ -118,13 +118,39 @@ def _limiter(connection: redis.Redis) -> MovingWindowRateLimiter:
     return MovingWindowRateLimiter(storage)
 
 
+def _scheme(request: Request) -> tuple[str, str]:
+    """The scheme of Authorization, in small letters, and what follows it."""
+    scheme, _, value = request.headers.get("authorization", "").partition(" ")
+    return scheme.lower(), value.strip()
+
+
 def _secret(request: Request) -> str:
-    kind, _, value = request.headers.get("authorization", "").partition(" ")
-    return value.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key", "")
+    scheme, value = _scheme(request)
+    if scheme == "bearer":
+        return value
+    # Before Basic: a proxy in front may ask for a name and password of its own.
+    if key := request.headers.get("x-api-key"):
+        return key
+    return _basic(value) if scheme == "basic" else ""
+
+
+def _basic(value: str) -> str:
+    """The password of a Basic credential, or the name where there is none; nothing of what is no credential."""
+    try:
+        name, _, password = base64.b64decode(value, validate=True).decode().partition(":")
+    except (binascii.Error, ValueError):
+        return ""
+    return password or name
+
+
+def _challenge(request: Request) -> str:
+    """Basic is named to those alone who came with it: at its name browsers open a window of their own over the page."""
+    bearer = 'Bearer realm="hypersam"'
+    return f'{bearer}, Basic realm="hypersam", charset="UTF-8"' if _scheme(request)[0] == "basic" else bearer
 
 
 def secured(keys: Sequence[ApiKey]) -> dict[str, object]:
     """What the OpenAPI document says of keys."""
     if not keys:
         return {}
-    return {"key": {"type": "http", "scheme": "bearer", "description": "an API key; X-API-Key works too"}}
+    return {"key": {"type": "http", "scheme": "bearer", "description": "an API key; X-API-Key works too, and Basic"}}

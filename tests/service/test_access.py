@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -95,6 +96,36 @@ def test_what_is_no_key(guarded: Api, headers: dict[str, str]) -> None:
     raw = [(name.encode(), value.encode("latin-1")) for name, value in headers.items()]
     assert_problem(guarded.http.get("/models", headers=raw), 401, "unauthorized")
     assert_problem(guarded.http.get(f"/models?key={SECRETS['admin'][0][:8]}"), 401, "unauthorized")
+
+
+def basic(credential: str) -> dict[str, str]:
+    return {"Authorization": f"Basic {base64.b64encode(credential.encode()).decode()}"}
+
+
+@pytest.mark.parametrize("path", ["/models", "/label-studio/none/health"])
+def test_a_key_may_come_as_the_password_of_basic(guarded: Api, path: str) -> None:
+    """Label Studio knows no other way to say who it is."""
+    secret = SECRETS["segment"][0]
+    wanted = guarded.http.get(path, headers=bearer("segment")).status_code
+    assert wanted in (200, 404)
+    for credential in (f"label-studio:{secret}", f":{secret}", f"{secret}:", secret):
+        assert guarded.http.get(path, headers=basic(credential)).status_code == wanted
+    assert guarded.http.get(path, auth=("Jürgen", secret)).status_code == wanted
+    for headers in (
+        basic(f"{secret}:wrong"), basic(f"a:{secret}x"), basic(f"a:b:{secret}"), basic(":"),
+        {"Authorization": f"Basic {secret}"}, {"Authorization": "Basic /w=="}, {"Authorization": "Basic"},
+    ):  # fmt: skip
+        refused = guarded.http.get(path, headers=headers)
+        assert_problem(refused, 401, "unauthorized")
+        assert refused.headers["www-authenticate"] == (
+            'Bearer realm="hypersam", Basic realm="hypersam", charset="UTF-8"'
+        )
+    assert_problem(guarded.http.post("/compress", headers=basic(f"a:{secret}")), 403, "forbidden")
+    # Nobody else is asked for Basic, or a browser would put its own window over the page.
+    assert guarded.http.get(path).headers["www-authenticate"] == 'Bearer realm="hypersam"'
+    # A proxy in front may take Basic for itself.
+    behind = {**basic("proxy:password"), "X-API-Key": secret}
+    assert guarded.http.get(path, headers=behind).status_code == wanted
 
 
 OTHERWISE = ("//models", "/models/", "/MODELS", "/%6dodels", "/./models", "/docs/../models", "/static/../models")
