@@ -101,7 +101,12 @@ class Settings(BaseSettings):
     default_model: Name = Field("small_sam", description="the name of the small SAM that the package carries")
     register_default: bool = Field(True, description="queue that model's compression at the first start")
     label_studio_url: str | None = Field(None, description="the Label Studio whose pictures may be fetched")
-    label_studio_token: str | None = Field(None, repr=False, description="its API token, sent with those requests")
+    label_studio_token: str | None = Field(
+        None, repr=False, description="its API token, sent to it with those requests"
+    )
+    label_studio_stores: tuple[str, ...] = Field(
+        (), description="origins besides it that pictures may come from: the object store behind its redirects"
+    )
 
     log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"
     log_format: Literal["text", "json"] = Field("text", description="json: one object a line")
@@ -120,7 +125,7 @@ class Settings(BaseSettings):
             raise ValueError("a rate is a number and a time: 5/second, 120/minute, 1000/hour or 10000/day")
         return text
 
-    @field_validator("cors_origins")
+    @field_validator("cors_origins", "label_studio_stores")
     @classmethod
     def _origins_are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         for origin in origins:

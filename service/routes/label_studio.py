@@ -1,36 +1,34 @@
 """Label Studio's ML backend protocol: connect ``http://HOST/label-studio/MODEL`` (or just the host) as a backend.
 
 Its smart key points and rectangles come as the context of ``POST /predict``; the answer is a brush mask. Pictures are
-fetched from the one Label Studio that the operator named (``HYPERSAM_LABEL_STUDIO_URL``), or come as data: URIs; the
-host name and token that ``POST /setup`` brings are not used, since anybody could send them.
+fetched from the one Label Studio that the operator named (``HYPERSAM_LABEL_STUDIO_URL``) and the stores it may send to
+(``HYPERSAM_LABEL_STUDIO_STORES``), or come as data: URIs; the host name and token that ``POST /setup`` brings are not
+used, since anybody could send them.
 """
 
 from __future__ import annotations
 
 import uuid
 from typing import Any
-from urllib.parse import urljoin, urlsplit
 from xml.etree import ElementTree
 
-import httpx
 from anyio import to_thread
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from hypersam.engine import ModelFile, Segmentation
-from hypersam.errors import ImageError, ImageTooLarge, PromptError, SourceNotAllowed
-from hypersam.settings import Settings
+from hypersam.errors import PromptError
 from service.asked import image_of, prompt_of, read_json, validated
-from service.brush_rle import answer
 from service.deps import State, StateDep
 from service.errors import RequestError
 from service.hangup import unless_gone
+from service.label_studio.brush_rle import answer
+from service.label_studio.pictures import fetch
 from service.routes.segment import model_file, picture_of
 from service.schemas import PromptBody
 
 router = APIRouter(tags=["label studio"])
 
-_FETCH_SECONDS = 20.0
 _KINDS = ("keypointlabels", "rectanglelabels")
 
 
@@ -202,37 +200,3 @@ def _names(config: str | None) -> tuple[str, str, str]:
     if brush is None or image is None:
         raise RequestError("label_config: it needs an Image tag and a BrushLabels tag, since masks are answered")
     return brush.get("name", "tag"), brush.get("toName", "image"), image.get("value", "$image").removeprefix("$")
-
-
-async def fetch(source: str, settings: Settings) -> bytes:
-    """A task's picture from the Label Studio that the operator named.
-
-    Raises SourceNotAllowed for any other place, ImageError where it cannot be had, ImageTooLarge.
-    """
-    base = settings.label_studio_url
-    if base is None:
-        raise SourceNotAllowed("no Label Studio is named here (HYPERSAM_LABEL_STUDIO_URL); pictures come as data: URIs")
-    try:
-        url = urljoin(base.rstrip("/") + "/", source)
-        here, there = urlsplit(base), urlsplit(url)
-    except ValueError as error:
-        raise SourceNotAllowed(f"the task's picture has no address: {error}") from error
-    if (here.scheme, here.netloc) != (there.scheme, there.netloc):
-        raise SourceNotAllowed(f"pictures are fetched from {here.scheme}://{here.netloc} only")
-    token = settings.label_studio_token
-    headers = {"Authorization": f"Token {token}"} if token else {}
-    try:
-        async with (
-            httpx.AsyncClient(timeout=_FETCH_SECONDS, trust_env=False) as client,
-            client.stream("GET", url, headers=headers) as response,
-        ):
-            if response.status_code != 200:
-                raise ImageError(f"Label Studio answered {response.status_code} for the task's picture")
-            data = bytearray()
-            async for chunk in response.aiter_bytes():
-                data += chunk
-                if len(data) > settings.max_image_bytes:
-                    raise ImageTooLarge(f"the image has more than the {settings.max_image_bytes} bytes accepted")
-            return bytes(data)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        raise ImageError(f"the task's picture could not be fetched: {type(error).__name__}") from error

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
-import contextlib
 import io
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hypersam.errors import ImageError, ImageTooLarge, SourceNotAllowed
 from hypersam.images import from_rle
-from hypersam.settings import Settings
-from service.brush_rle import pack
-from service.routes.label_studio import fetch
+from service.label_studio.brush_rle import pack
 from tests.service.running import Api, assert_problem, picture
 
 # Serialised by osam 0.8.1's own request types.
@@ -207,60 +199,3 @@ def test_label_studios_mistakes(api: Api, model: str) -> None:
         assert len(response.content) < 2000
     refused = api.http.post(at, json=asked("http://169.254.169.254/latest/meta-data", POINT))
     assert_problem(refused, 403, "source_not_allowed")
-
-
-class _Files(BaseHTTPRequestHandler):
-    """Label Studio's file server, with its token."""
-
-    def do_GET(self) -> None:
-        if self.headers.get("Authorization") != "Token secret":
-            self.send_error(401)
-        elif self.path == "/data/upload/1/a.png":
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(picture())
-        elif self.path == "/data/moved":
-            self.send_response(302)
-            self.send_header("Location", "http://169.254.169.254/")
-            self.end_headers()
-        else:
-            self.send_error(404)
-
-    def log_message(self, *args: Any) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def label_studio() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Files)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def test_pictures_come_from_the_label_studio_that_was_named(tmp_path: Path) -> None:
-    def fetched(source: str, **options: Any) -> bytes:
-        settings = Settings(data_dir=tmp_path, label_studio_url=url, **{"label_studio_token": "secret", **options})
-        return asyncio.run(fetch(source, settings))
-
-    with label_studio() as url:
-        for source in ("/data/upload/1/a.png", "data/upload/1/a.png", f"{url}/data/upload/1/a.png"):
-            assert fetched(source) == picture()
-        for source in ("/data/none.png", "/data/moved", "/data/\0.png", "/data/" + "a" * 70_000):
-            with pytest.raises(ImageError):
-                fetched(source)
-        with pytest.raises(ImageError, match="401"):
-            fetched("/data/upload/1/a.png", label_studio_token="wrong")
-        with pytest.raises(ImageTooLarge):
-            fetched("/data/upload/1/a.png", max_image_bytes=100)
-        for source in ("http://127.0.0.1:1/a.png", "//127.0.0.1:1/a.png", "file:///etc/passwd", f"{url}.example/a",
-                       "http://[::1", "//[x]/a", f"{url}@127.0.0.1:1/a", f"{url[:-1]}\\@127.0.0.1:1/a"):  # fmt: skip
-            with pytest.raises(SourceNotAllowed):
-                fetched(source)
-    with pytest.raises(ImageError, match="could not be fetched"):
-        fetched("/data/upload/1/a.png")
