@@ -6,8 +6,6 @@ runs, each a 1, the number of its width (2), its length less one in that width, 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -32,19 +30,3 @@ def pack(mask: NDArray[np.bool_]) -> list[int]:
     joined = "".join(bits)
     joined += "0" * (-len(joined) % 8)
     return list(int(joined, 2).to_bytes(len(joined) // 8, "big"))
-
-
-def answer(mask: NDArray[np.bool_], *, names: tuple[str, str], label: str | None, score: float) -> dict[str, Any]:
-    """A result of Label Studio's type ``brushlabels``; ``names``: of the control tag and of the picture's tag."""
-    height, width = mask.shape
-    return {
-        "from_name": names[0],
-        "to_name": names[1],
-        "type": "brushlabels",
-        "original_width": width,
-        "original_height": height,
-        "image_rotation": 0,
-        "value": {"format": "rle", "rle": pack(mask), "brushlabels": [label] if label is not None else []},
-        "score": score,
-        "readonly": False,
-    }

@@ -1,35 +1,37 @@
 """Label Studio's ML backend protocol: connect ``http://HOST/label-studio/MODEL`` (or just the host) as a backend.
 
-Its smart key points and rectangles come as the context of ``POST /predict``; the answer is a brush mask. Pictures are
-fetched from the one Label Studio that the operator named (``HYPERSAM_LABEL_STUDIO_URL``) and the stores it may send to
-(``HYPERSAM_LABEL_STUDIO_STORES``), or come as data: URIs; the host name and token that ``POST /setup`` brings are not
-used, since anybody could send them.
+Its smart key points and rectangles come as the context of ``POST /predict``; the answers are brushes or polygons, for
+which the project's labelling configuration has to have a tag. Pictures are fetched from the one Label Studio that the
+operator named (``HYPERSAM_LABEL_STUDIO_URL``) and the stores that it may send to (``HYPERSAM_LABEL_STUDIO_STORES``), or
+come as data: URIs; the host name and token that ``POST /setup`` brings are not used, since anybody could send them.
 """
 
 from __future__ import annotations
 
-import uuid
+from functools import partial
 from typing import Any
-from xml.etree import ElementTree
 
+import numpy as np
 from anyio import to_thread
 from fastapi import APIRouter, Request
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from hypersam.engine import ModelFile, Segmentation
 from hypersam.errors import PromptError
+from hypersam.images import decode_image
+from hypersam.settings import Settings
 from service.asked import image_of, prompt_of, read_json, validated
 from service.deps import State, StateDep
 from service.errors import RequestError
 from service.hangup import unless_gone
-from service.label_studio.brush_rle import answer
+from service.label_studio.answers import results_of
+from service.label_studio.config import Config, parse
 from service.label_studio.pictures import fetch
-from service.routes.segment import model_file, picture_of
-from service.schemas import PromptBody
+from service.label_studio.regions import WHERE, Drawn, drawn_in
+from service.routes.segment import model_file
 
 router = APIRouter(tags=["label studio"])
-
-_KINDS = ("keypointlabels", "rectanglelabels")
 
 
 class Task(BaseModel):
@@ -45,7 +47,7 @@ class Context(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    result: list[dict[str, Any]] = Field(default_factory=list, max_length=256)
+    result: list[dict[str, Any]] | None = Field(None, max_length=256)
 
 
 class Parameters(BaseModel):
@@ -67,7 +69,7 @@ class PredictRequest(BaseModel):
 
 
 class Prediction(BaseModel):
-    """Of one task: brush masks, or nothing where nothing was drawn."""
+    """Of one task: brushes or polygons, or nothing where nothing was drawn."""
 
     result: list[dict[str, Any]]
     score: float
@@ -81,21 +83,21 @@ class PredictResponse(BaseModel):
     model_version: str
 
 
+class SetupRequest(BaseModel):
+    """POST /setup as Label Studio sends it; of its address and token nothing is looked at."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    label_config: str | None = Field(None, alias="schema", max_length=1 << 20)
+
+
 class SetupResponse(BaseModel):
     """The name of the model that answers."""
 
     model_version: str
 
 
-class Drawn(BaseModel):
-    """The annotator's regions as one prompt in pixels, and their label."""
-
-    prompt: PromptBody
-    label: str | None
-
-
 _BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
-_ANY_BODY: dict[str, Any] = {"requestBody": {"content": {"application/json": {"schema": {}}}}}  # not looked at
 
 
 @router.get("/health")
@@ -105,18 +107,19 @@ async def health(state: StateDep, model_id: str | None = None) -> dict[str, str]
     return {"status": "UP", "model_class": await _version(state, model_id) if model_id else "hypersam"}
 
 
-@router.post("/setup", response_model=SetupResponse, openapi_extra=_ANY_BODY)
-@router.post("/label-studio/{model_id}/setup", response_model=SetupResponse, openapi_extra=_ANY_BODY)
+@router.post("/setup", response_model=SetupResponse, openapi_extra=_BODY)
+@router.post("/label-studio/{model_id}/setup", response_model=SetupResponse, openapi_extra=_BODY)
 async def setup(request: Request, state: StateDep, model_id: str | None = None) -> SetupResponse:
-    """Tell which model answers."""
-    await read_json(request, state.settings)
+    """Tell which model answers, if the project's labelling configuration has a tag that takes masks."""
+    asked = validated(SetupRequest, await read_json(request, state.settings))
+    parse(asked.label_config).control(None)
     return SetupResponse(model_version=await _version(state, model_id))
 
 
 @router.post("/predict", response_model=PredictResponse, openapi_extra=_BODY)
 @router.post("/label-studio/{model_id}/predict", response_model=PredictResponse, openapi_extra=_BODY)
 async def predict(request: Request, state: StateDep, model_id: str | None = None) -> PredictResponse:
-    """Return a brush mask for what the annotator has drawn on each task's picture."""
+    """Return a brush, or polygons, for what the annotator has drawn on each task's picture."""
     state.engine.check_room()
     body = await read_json(request, state.settings)
     asked = await to_thread.run_sync(validated, PredictRequest, body, limiter=state.pictures)
@@ -125,8 +128,16 @@ async def predict(request: Request, state: StateDep, model_id: str | None = None
     if context is None or not context.result:
         empty = Prediction(result=[], score=0.0, model_version=model.id)
         return PredictResponse(results=[empty] * len(asked.tasks), model_version=model.id)
-    names = _names(asked.label_config)
-    results = [await _predict(request, state, model, task, context, names) for task in asked.tasks]
+    config = parse(asked.label_config)
+    drawn = drawn_in(context.result)
+    # Without a configuration it is not known what the region's tag is called in it.
+    pictures = [(each, config.control(each.image if asked.label_config else None)[1]) for each in drawn]
+    results = []
+    for task in asked.tasks:
+        parts = [await _predict(request, state, model, task, each, config, image) for each, image in pictures]
+        found = [result for part in parts for result in part.result]
+        score = sum(part.score for part in parts) / len(parts)
+        results.append(Prediction(result=found, score=score, model_version=model.id))
     return PredictResponse(results=results, model_version=model.id)
 
 
@@ -135,68 +146,55 @@ async def _version(state: State, model_id: str | None) -> str:
 
 
 async def _predict(
-    request: Request, state: State, model: ModelFile, task: Task, context: Context, names: tuple[str, str, str]
+    request: Request, state: State, model: ModelFile, task: Task, drawn: Drawn, config: Config, image: str
 ) -> Prediction:
-    source = task.data.get(names[2])
-    if not isinstance(source, str):
-        raise RequestError(f"tasks.data.{names[2]}: the picture's address is missing")
-    drawn = drawn_in(context)
+    """What was drawn on one picture of a task, that of the tag ``image``."""
+    source = _source(task, config.images[image], drawn.item)
+    settings = state.settings
+    if len(drawn.asked) > settings.max_prompts:
+        raise PromptError(f"{len(drawn.asked)} rectangles; {settings.max_prompts} are accepted at once", field=WHERE)
+    prompts = [prompt_of(each.prompt, WHERE, settings) for each in drawn.asked]
     if source.startswith("data:"):
-        image = await to_thread.run_sync(image_of, source, state.settings, limiter=state.pictures)
+        data = await to_thread.run_sync(image_of, source, settings, limiter=state.pictures)
+        assert data is not None  # which only no text gives
     else:
-        image = await fetch(source, state.settings)
-    prompt = prompt_of(drawn.prompt, "params.context", state.settings)
-    work = state.engine.segment(model, picture_of(image, state), [prompt], multimask=True)
+        data = await fetch(source, settings)
+    work = state.engine.segment(model, partial(_decoded, data, drawn.size, settings), prompts, multimask=True)
     result = await unless_gone(request, work)
     state.metrics.segmented(model.id, result.timings)
-    return await to_thread.run_sync(_prediction, model, result, names, drawn.label)
+    return await to_thread.run_sync(_prediction, model, result, drawn, config, image)
 
 
-def _prediction(model: ModelFile, result: Segmentation, names: tuple[str, str, str], label: str | None) -> Prediction:
-    best = result.masks[0]
-    found = answer(best.mask, names=names[:2], label=label, score=best.score)
-    return Prediction(result=[{"id": uuid.uuid4().hex[:10], **found}], score=best.score, model_version=model.id)
+def _source(task: Task, field: str, item: int | None) -> str:
+    """The picture's address in the task, or in its list of them."""
+    source = task.data.get(field)
+    if isinstance(source, list) and 0 <= (item or 0) < len(source):
+        source = source[item or 0]
+    if not isinstance(source, str):
+        raise RequestError(f"tasks.data.{field}: the picture's address is missing")
+    return source
 
 
-def drawn_in(context: Context) -> Drawn:
-    """The prompt that the annotator's regions make together. Raises PromptError."""
-    points: list[tuple[float, float]] = []
-    labels: list[int] = []
-    box: tuple[float, float, float, float] | None = None
-    label: str | None = None
-    for number, region in enumerate(context.result):
-        kind, value = region.get("type"), region.get("value")
-        if kind not in _KINDS or not isinstance(value, dict):
-            continue
-        field = f"params.context.result.{number}"
-        try:
-            width, height = float(region["original_width"]), float(region["original_height"])
-            x, y = float(value["x"]) * width / 100, float(value["y"]) * height / 100
-            if kind == "keypointlabels":
-                points.append((x, y))
-                labels.append(int(bool(int(region.get("is_positive", 1)))))
-            else:
-                right, lower = float(value["width"]) * width / 100, float(value["height"]) * height / 100
-                # Per cents may reach a hair beyond the picture.
-                box = (max(0.0, x), max(0.0, y), min(width, x + right), min(height, y + lower))
-            given = value.get(kind)
-            label = str(given[0]) if isinstance(given, list) and given else label
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise PromptError(f"{field}: {error!r} in a region of type {kind}", field=field) from error
-    if not points and box is None:
-        raise PromptError("draw a smart key point or rectangle", field="params.context.result")
-    return Drawn(prompt=PromptBody(points=points, point_labels=labels, box=box), label=label)
+def _decoded(image: bytes, size: tuple[int, int], settings: Settings) -> NDArray[np.uint8]:
+    """The pixels (H, W, 3). Raises PromptError where the regions were drawn on a picture of another ``size``: they
+    would be in the wrong place, and Label Studio could not show the answer."""
+    pixels = decode_image(image, max_pixels=settings.max_image_pixels)
+    height, width = pixels.shape[:2]
+    if (width, height) != size:
+        raise PromptError(
+            f"the region was drawn on a picture of {size[0]} x {size[1]} pixels (original_width, original_height), "
+            f"the task's has {width} x {height}",
+            field=WHERE,
+        )
+    return pixels
 
 
-def _names(config: str | None) -> tuple[str, str, str]:
-    """Names of the brush's tag and of the picture's, and the task's field that has the picture."""
-    if not config:
-        return "tag", "image", "image"
-    try:
-        root = ElementTree.fromstring(config)
-    except ElementTree.ParseError as error:
-        raise RequestError(f"label_config: no XML: {error}") from error
-    brush, image = root.find(".//BrushLabels"), root.find(".//Image")
-    if brush is None or image is None:
-        raise RequestError("label_config: it needs an Image tag and a BrushLabels tag, since masks are answered")
-    return brush.get("name", "tag"), brush.get("toName", "image"), image.get("value", "$image").removeprefix("$")
+def _prediction(model: ModelFile, result: Segmentation, drawn: Drawn, config: Config, image: str) -> Prediction:
+    """The best mask of each prompt."""
+    found, scores = [], []
+    for number, each in enumerate(drawn.asked):
+        best = next(mask for mask in result.masks if mask.prompt == number)
+        control, _ = config.control(image, each.region.labels, each.region.drawn_by)
+        found += results_of(best, each.region, config, control, image)
+        scores.append(float(best.score))
+    return Prediction(result=found, score=sum(scores) / len(scores), model_version=model.id)

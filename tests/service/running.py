@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import os
@@ -18,6 +19,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
+from hypersam.images import from_rle
 from hypersam.settings import Settings
 
 ROOT = Path(__file__).parents[2]
@@ -148,3 +150,10 @@ def picture(width: int = 96, height: int = 64, *, seed: int = 0, form: str = "PN
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, form, **options)
     return buffer.getvalue()
+
+
+def best(api: Api, model: str, image: bytes, **prompt: Any) -> tuple[np.ndarray, float]:
+    """The best mask of three, (H, W), by ``POST /segment``, and its score."""
+    body = {"model": model, "image": base64.b64encode(image).decode(), "multimask": True, **prompt}
+    mask = api.http.post("/segment", json=body).raise_for_status().json()["masks"][0]
+    return from_rle(mask["segmentation"]), mask["score"]
