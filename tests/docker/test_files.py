@@ -28,6 +28,7 @@ MANIFEST: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "docker/kuberne
 # Passed on where they are set, without a default; AWS_…, which the object store's client reads, are besides.
 PASSED = {f"HYPERSAM_STORE_{name}" for name in ("URL", "ENDPOINT", "REGION", "ALLOW_HTTP")}
 PASSED |= {"HYPERSAM_RATE_LIMIT", "HYPERSAM_CORS_ORIGINS"}
+PASSED |= {f"HYPERSAM_LABEL_STUDIO_{name}" for name in ("URL", "TOKEN", "STORES")}
 
 
 class ComposeLoader(yaml.SafeLoader):
@@ -110,6 +111,9 @@ def test_what_is_in_the_env_file_reaches_the_containers(
         "HYPERSAM_API_KEYS": json.dumps([key.line()]),
         "HYPERSAM_RATE_LIMIT": "7/second",
         "HYPERSAM_CORS_ORIGINS": '["https://example.org"]',
+        "HYPERSAM_LABEL_STUDIO_URL": "https://labels.example",
+        "HYPERSAM_LABEL_STUDIO_TOKEN": "change-this-token",
+        "HYPERSAM_LABEL_STUDIO_STORES": '["https://bucket.s3.amazonaws.com"]',
         "HYPERSAM_STORE_URL": "s3://bucket/prefix",
         "HYPERSAM_STORE_ENDPOINT": "http://objectstore:9000",
         "HYPERSAM_STORE_REGION": "us-east-1",
