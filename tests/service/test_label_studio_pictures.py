@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from hypersam.errors import ImageError, ImageTooLarge, SourceNotAllowed
 from hypersam.settings import Settings
 from service.label_studio import pictures
 from service.label_studio.pictures import MOST_REDIRECTS, fetch
-from tests.service.running import picture
+from tests.service.running import Api, assert_problem, picture
 
 SIGNED = "/bucket/a.png?X-Amz-Signature=abc%2Fdef"
 
@@ -167,3 +168,33 @@ def test_a_picture_that_comes_drop_by_drop_is_given_up(monkeypatch: pytest.Monke
         with pytest.raises(ImageError, match="within"):
             fetched("/drop", url)
         assert time.monotonic() - began < 3
+
+
+def test_the_service_fetches_them(tmp_path: Path, checkpoint: Path) -> None:
+    config = (
+        '<View><Image name="i" value="$p"/><BrushLabels name="b" toName="i"><Label value="Car"/></BrushLabels></View>'
+    )
+    region = {
+        "type": "keypointlabels", "to_name": "i", "original_width": 96, "original_height": 64,
+        "value": {"x": 50, "y": 50, "keypointlabels": ["Car"]},
+    }  # fmt: skip
+    body = {
+        "tasks": [{"data": {"p": "/tasks/1/resolve/?fileuri=czM6"}}], "label_config": config,
+        "params": {"context": {"result": [region]}},
+    }  # fmt: skip
+    with serving("Token secret") as (url, handler), serving(None) as (store, kept):
+        service = Api(Settings(
+            data_dir=tmp_path / "data", port=0, workers=1, worker_heartbeat=2, device="cpu", register_default=False,
+            label_studio_url=url, label_studio_token="secret", label_studio_stores=(store,),
+        ))  # fmt: skip
+        try:
+            service.make_model(checkpoint, "tiny")
+            handler.elsewhere = store + SIGNED
+            answer = service.http.post("/label-studio/tiny/predict", json=body)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["results"][0]["result"][0]["value"]["brushlabels"] == ["Car"]
+            assert kept.seen == [(SIGNED, None, None)]
+            handler.elsewhere = "http://127.0.0.1:1/a.png"
+            assert_problem(service.http.post("/label-studio/tiny/predict", json=body), 403, "source_not_allowed")
+        finally:
+            service.stop()
