@@ -33,7 +33,7 @@ from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from hypersam.embedded_redis import find_redis_server
-from hypersam.errors import HypersamError, InvalidOption, Unavailable
+from hypersam.errors import BadSettings, HypersamError, Unavailable
 from hypersam.jobs import JobBoard, client_of
 from hypersam.settings import GIB, MIB, Settings
 
@@ -43,6 +43,9 @@ OLDEST_REDIS = (6, 2)  # what the tests run against
 LEAST_FREE = 64 * MIB  # bytes: with less, registrations and probes already fail now and then
 PROBE_SECONDS = 120.0  # for the device: loading torch and compiling one kernel takes several, a hung driver for ever
 _PATIENCE = 2.0  # seconds for Redis
+_HERE = ("127.0.0.1", "::1", "localhost")  # addresses that no other machine reaches
+_SHOWN = 160  # characters of a path
+_FOLDER = "let the user that runs hypersam read and write the data folder, or name another in HYPERSAM_DATA_DIR"
 
 
 class Health(StrEnum):
@@ -90,7 +93,7 @@ def examine(settings: Settings, *, device: bool = True) -> list[Finding]:
     ``device=False`` leaves out what starts processes: the device, the compilation of a kernel, the C compiler.
     """
     found = [check_versions(), *check_redis(settings), check_store(settings), *check_objects(settings),
-             check_disk(settings), check_memory(settings), check_kernel_cache()]  # fmt: skip
+             check_disk(settings), check_memory(settings), check_keys(settings), check_kernel_cache()]  # fmt: skip
     if device:
         probed = check_device(settings)
         gpu = any(finding.facts.get("type") == "cuda" for finding in probed)
@@ -108,14 +111,15 @@ def log_at_start(settings: Settings, who: str) -> threading.Thread:
     """Examine everything in the background and log each finding: the self-check of a process that starts.
 
     The device and the compiler are tried only where there is an NVIDIA driver, so that starting costs a host without
-    one nothing, and workers are not counted, since they start at the same time. The findings travel as ``extra`` fields
-    (part, health, todo, facts) for logs in JSON.
+    one nothing, and workers are not counted, since they start at the same time. Keys are no matter of a worker's, which
+    answers nobody. The findings travel as ``extra`` fields (part, health, todo, facts) for logs in JSON.
     """
+    left_out = {"workers"} if who == "service" else {"workers", "keys"}
 
     def check() -> None:
         levels = {Health.FINE: logging.INFO, Health.WARNING: logging.WARNING, Health.BROKEN: logging.ERROR}
         for finding in examine(settings, device=settings.device != "cpu" and driver_version() is not None):
-            if finding.part == "workers":
+            if finding.part in left_out:
                 continue
             says = finding.says if finding.todo is None else f"{finding.says}; {finding.todo}"
             log.log(levels[finding.health], "self-check of the %s: %s: %s", who, finding.part, says,
@@ -159,20 +163,34 @@ def _requirements() -> list[str]:
 
 
 def probe_connection(settings: Settings) -> Redis | None:
-    """Return a client that answers or fails within seconds; None where no Redis is named and none of ours runs."""
+    """Return a client that answers or fails within seconds; None where no Redis is named and none of ours runs.
+
+    Raises BadSettings for an address that is none, OSError where the data folder cannot be looked into.
+    """
     retry = Retry(NoBackoff(), 0)
     if settings.redis_url is not None:
         return client_of(settings.redis_url, socket_connect_timeout=_PATIENCE, socket_timeout=_PATIENCE, retry=retry)
     socket = settings.data_dir.absolute() / "redis" / "redis.sock"
-    return Redis(unix_socket_path=str(socket), socket_timeout=_PATIENCE, retry=retry) if socket.exists() else None
+    return Redis(unix_socket_path=str(socket), socket_timeout=_PATIENCE, retry=retry) if _there(socket) else None
+
+
+def _there(path: Path) -> bool:
+    """Whether there is something. Raises OSError where that is not told: ``exists`` does so in some versions only."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def check_redis(settings: Settings) -> list[Finding]:
     """Redis: reached, new enough, takes writes, keeps them over a restart, drops none; and who listens to the queue."""
     try:
         connection = probe_connection(settings)
-    except InvalidOption as error:
+    except BadSettings as error:
         return [broken("redis", str(error), "give redis://host:6379/0 or the like")]
+    except OSError as error:
+        return [broken("redis", f"none is configured, and one of ours cannot be looked for: {error.strerror}", _FOLDER)]
     if connection is None:
         try:
             binary = find_redis_server()
@@ -223,8 +241,11 @@ def _workers(settings: Settings, connection: Redis) -> Finding:
 
 def check_store(settings: Settings) -> Finding:
     """Write a file in the data folder, flush it to the disk, rename it and read it back."""
-    root = settings.data_dir.absolute()
-    folder = _nearest(root)
+    root = folder = settings.data_dir.absolute()
+    try:
+        folder = _nearest(root)
+    except OSError as error:
+        return broken("store", f"{_short(root)} cannot be looked into: {error.strerror}", _FOLDER, errno=error.errno)
     first = folder / f".doctor-{uuid.uuid4().hex}"
     second = first.with_suffix(".renamed")
     content = os.urandom(64 << 10)
@@ -260,19 +281,23 @@ def check_objects(settings: Settings) -> list[Finding]:
     try:
         reach(settings)
     except HypersamError as error:
-        why = f": {error.__cause__}" if error.__cause__ else ""
+        said = str(error)
+        why = str(error.__cause__ or "").partition("\n")[0]  # the client's own state follows
+        if why and why not in said:
+            said = f"{said}: {why}"
         todo = "see whether HYPERSAM_STORE_ENDPOINT is reached from here, the bucket exists and AWS_… opens it"
-        return [broken("object store", f"{settings.store_url}: {error}{why}"[:500], todo)]
+        return [broken("object store", f"{settings.store_url}: {said}"[:500], todo)]
     return [fine("object store", f"{settings.store_url} answers")]
 
 
 def check_disk(settings: Settings) -> Finding:
     """Tell how much room the data folder's disk has."""
-    folder = _nearest(settings.data_dir.absolute())
+    root = settings.data_dir.absolute()
     try:
-        total, _, free = shutil.disk_usage(folder)
+        total, _, free = shutil.disk_usage(_nearest(root))
     except OSError as error:
-        return broken("disk", f"{folder} cannot be asked: {error.strerror}", "see whether the disk is mounted")
+        return broken("disk", f"that of {_short(root)} cannot be asked: {error.strerror}",
+                      f"see whether it is mounted; {_FOLDER}", errno=error.errno)  # fmt: skip
     facts = {"free_bytes": free, "total_bytes": total}
     if free < LEAST_FREE:
         return broken(
@@ -286,8 +311,14 @@ def check_disk(settings: Settings) -> Finding:
 
 
 def _nearest(folder: Path) -> Path:
-    """Return the folder, or of those above it the lowest that is there."""
-    return next(path for path in (folder, *folder.parents) if path.exists())
+    """Return the folder, or of those above it the lowest that is there. Raises OSError where that is not told."""
+    return next(path for path in (folder, *folder.parents) if _there(path))
+
+
+def _short(path: Path) -> str:
+    """A path for a line that people read; one may have 4,000 characters."""
+    text = str(path)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def check_memory(settings: Settings) -> Finding:
@@ -332,30 +363,47 @@ def check_compiler(*, needed: bool) -> Finding:
     why = "" if needed else " (only Triton on a GPU needs one)"
     if compiler is None or shutil.which(compiler) is None:
         return bad("compiler", f"no C compiler is found{why}", todo)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "empty.c"
-        source.write_text("#include <Python.h>\n#include <stdint.h>\nint hypersam_probe(void) { return 0; }\n")
-        command = [compiler, "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", str(source), "-o",
-                   str(source.with_suffix(".so"))]  # fmt: skip
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            source = Path(folder) / "empty.c"
+            source.write_text("#include <Python.h>\n#include <stdint.h>\nint hypersam_probe(void) { return 0; }\n")
+            command = [compiler, "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", str(source), "-o",
+                       str(source.with_suffix(".so"))]  # fmt: skip
             made = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            return bad("compiler", f"{compiler} does not run: {error}{why}", todo)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return bad("compiler", f"{compiler} does not run: {error}{why}", todo)
     if made.returncode:
         first = next((line for line in made.stderr.splitlines() if "error" in line), made.stderr.strip()[:200])
         return bad("compiler", f"{compiler} cannot compile a Python extension: {first}{why}", todo)
     return fine("compiler", f"{shutil.which(compiler)} compiles with Python's headers", path=shutil.which(compiler))
 
 
+def check_keys(settings: Settings) -> Finding:
+    """Read the API keys, and tell how many there are; never which."""
+    try:
+        count = len(settings.keys())
+    except BadSettings as error:
+        return broken("keys", str(error), "correct it; the service does not start without the keys that it is to have")
+    if count or settings.host in _HERE:
+        says = f"{count} configured" if count else f"none, and only {settings.host} is listened on"
+        return fine("keys", says, count=count)
+    return warning("keys", f"none: whoever reaches {settings.host} may do everything",
+                   "make one with `hypersam keys new`, unless nobody else reaches this address", count=0)  # fmt: skip
+
+
 def check_kernel_cache() -> Finding:
     """See whether Triton can keep what it compiles."""
-    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton").absolute()
+    todo = "give it to the user that runs hypersam, or name another in TRITON_CACHE_DIR"
+    try:
+        folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton").absolute()
+    except RuntimeError:  # a user of no name, as some clusters have, without HOME
+        return warning("kernel cache", "this user has no home folder", "name a folder in TRITON_CACHE_DIR")
     try:
         with tempfile.TemporaryFile(dir=_nearest(folder)):
             pass
     except OSError as error:
-        todo = "give it to the user that runs hypersam, or name another in TRITON_CACHE_DIR"
-        return warning("kernel cache", f"{folder} cannot be written: {error.strerror}", todo, folder=str(folder))
+        says = f"{_short(folder)} cannot be written: {error.strerror}"
+        return warning("kernel cache", says, todo, folder=str(folder))
     return fine("kernel cache", str(folder), folder=str(folder))
 
 

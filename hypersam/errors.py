@@ -90,6 +90,10 @@ class InvalidOption(HypersamError):
     code = "invalid_option"
 
 
+class BadSettings(InvalidOption):
+    """A setting of the operator's that nothing can be started with. The message repeats no value: it may be secret."""
+
+
 class TargetUnreachable(InvalidOption):
     """No coding of these tensors is as small, or as exact, as was asked for."""
 

@@ -24,7 +24,7 @@ from rq.job import Job, JobStatus
 from rq.serializers import JSONSerializer
 from rq.utils import utcparse
 
-from hypersam.errors import InvalidOption, NameTaken, Overloaded, Unavailable, UnknownJob
+from hypersam.errors import BadSettings, NameTaken, Overloaded, Unavailable, UnknownJob
 from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
 
@@ -127,11 +127,11 @@ def connect(settings: Settings) -> Redis:
 
 
 def client_of(url: str, **options: Any) -> Redis:
-    """Return a client for an address. Raises InvalidOption, which repeats nothing of it: it may hold a password."""
+    """Return a client for an address. Raises BadSettings, which repeats nothing of it: it may hold a password."""
     try:
         client: Redis = Redis.from_url(url, **options)
     except ValueError:  # tells what it took for a port: with an unescaped / in a password, the password's beginning
-        raise InvalidOption(
+        raise BadSettings(
             "HYPERSAM_REDIS_URL is no redis://, rediss:// or unix:// address; in a password / is written %2F, # %23, "
             "? %3F and @ %40"
         ) from None

@@ -1,21 +1,23 @@
 """Every setting of the service, the workers and the engine, in one frozen class.
 
-Values come from keyword arguments, else from the environment (``HYPERSAM_DATA_DIR``, ``HYPERSAM_PORT`` …),
-else from the defaults below. Besides, a process that another of ours starts finds in its environment who started
-it and which job it is for (``workers/__main__.py``, ``workers/horse.py``): no settings, and none of an operator's.
+Values come from keyword arguments, else from the environment (``HYPERSAM_DATA_DIR``, ``HYPERSAM_PORT`` …; an empty
+variable is none), else from the defaults below. Besides, a process that another of ours starts finds in its environment
+who started it and which job it is for (``workers/__main__.py``, ``workers/horse.py``): no settings, and none of an
+operator's.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from hypersam.errors import InvalidOption
+from hypersam.errors import BadSettings
 from hypersam.keys import ApiKey, parse_line, parse_lines
 
 PREFIX = "HYPERSAM_"
@@ -26,15 +28,22 @@ DAY = 24 * 3600
 PositiveFloat = Annotated[float, Field(gt=0)]
 PositiveInt = Annotated[int, Field(gt=0)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
+Texts = Annotated[tuple[str, ...], NoDecode]  # decoded below, where what is wrong can be said
 
 _RATE = re.compile(r"[1-9][0-9]{0,8}/(second|minute|hour|day)")
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:[0-9]+)?")
+# None has room for a user and a password, also where the password has a slash.
+_BUCKET = re.compile(r"s3://[A-Za-z0-9][A-Za-z0-9._-]*(/.*)?")
+_ENDPOINT = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[0-9]+)?(/[A-Za-z0-9._~/-]*)?")
+_CREDENTIALS = "credentials go into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 
 
 class Settings(BaseSettings):
     """What an operator can choose. Sizes are bytes, times are seconds."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
+    )
 
     data_dir: Path = Field(Path("hypersam-data"), description="uploads, artifacts, models, Redis's file")
     store_url: str = Field("", description="s3://bucket/prefix that hosts share; empty: all is kept in data_dir")
@@ -84,12 +93,10 @@ class Settings(BaseSettings):
         4096, ge=0, description="bytes a second that a body must bring, and of an answer that a client must take"
     )
 
-    api_keys: tuple[str, ...] = Field(
-        (), description="lines of `hypersam keys new`; none here and no file: all is open"
-    )
+    api_keys: Texts = Field((), description="lines of `hypersam keys new`; none here and no file: all is open")
     api_keys_file: Path | None = Field(None, description="such lines, one key each")
     rate_limit: str | None = Field(None, description="by key or address, such as 5/second or 120/minute")
-    cors_origins: tuple[str, ...] = Field((), description="pages of these origins may call; none may by default")
+    cors_origins: Texts = Field((), description="pages of these origins may call; none may by default")
 
     job_timeout: PositiveInt = 6 * 3600
     job_retention: PositiveInt = Field(7 * DAY, description="how long a finished job can be asked for")
@@ -110,6 +117,51 @@ class Settings(BaseSettings):
 
     log_level: Literal["critical", "error", "warning", "info", "debug"] = "info"
     log_format: Literal["text", "json"] = Field("text", description="json: one object a line")
+
+    @field_validator("port", mode="before")
+    @classmethod
+    def _port_of_this_process(cls, value: object) -> object:
+        if isinstance(value, str) and value.startswith("tcp://"):
+            raise ValueError(
+                "an address is no port; Kubernetes sets this variable for a Service named hypersam, unless the pod has "
+                "enableServiceLinks: false"
+            )
+        return value
+
+    @field_validator("store_url")
+    @classmethod
+    def _store_is_a_bucket(cls, url: str) -> str:
+        if url and not _BUCKET.fullmatch(url):
+            raise ValueError(f"a store is s3://bucket or s3://bucket/prefix; {_CREDENTIALS}")
+        return url
+
+    @field_validator("store_endpoint")
+    @classmethod
+    def _endpoint_is_an_address(cls, url: str | None) -> str | None:
+        if url is not None and not _ENDPOINT.fullmatch(url):
+            raise ValueError(f"an endpoint is https://host or https://host:port; {_CREDENTIALS}")
+        return url
+
+    @field_validator("label_studio_url")
+    @classmethod
+    def _label_studio_is_an_address(cls, url: str | None) -> str | None:
+        if url is not None and not _ENDPOINT.fullmatch(url):  # clients are told which it is
+            raise ValueError("an address is https://host or https://host:port; its token goes into "
+                             f"{PREFIX}LABEL_STUDIO_TOKEN")  # fmt: skip
+        return url
+
+    @field_validator("api_keys", "cors_origins", mode="before")
+    @classmethod
+    def _list_in_json(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        try:
+            read = json.loads(value)
+        except ValueError:
+            read = None
+        if not isinstance(read, list):
+            raise ValueError('a JSON list is expected, such as ["one", "two"]')
+        return read
 
     @field_validator("api_keys")
     @classmethod
@@ -134,13 +186,15 @@ class Settings(BaseSettings):
         return origins
 
     def keys(self) -> tuple[ApiKey, ...]:
-        """The configured keys. Raises InvalidOption for a file that cannot be read, or of which a line is no key."""
+        """The configured keys. Raises BadSettings for a file that cannot be read, or of which a line is no key."""
         try:
             kept = parse_lines(self.api_keys_file.read_text("utf-8")) if self.api_keys_file is not None else ()
         except (OSError, ValueError) as error:
-            raise InvalidOption(f"api_keys_file cannot be used: {error}") from None
+            raise BadSettings(f"{PREFIX}API_KEYS_FILE cannot be used: {error}") from None
         if self.api_keys_file is not None and not kept:
-            raise InvalidOption("api_keys_file has no key; make one with `hypersam keys new`, or do not name the file")
+            raise BadSettings(
+                f"{PREFIX}API_KEYS_FILE has no key; make one with `hypersam keys new`, or do not name the file"
+            )
         return (*map(parse_line, self.api_keys), *kept)
 
     def environment(self) -> dict[str, str]:
@@ -150,3 +204,25 @@ class Settings(BaseSettings):
             values[PREFIX + name.upper()] = value if isinstance(value, str) else json.dumps(value)
         values[PREFIX + "DATA_DIR"] = str(self.data_dir.absolute())
         return values
+
+
+def load(**given: Any) -> Settings:
+    """Return the settings of a process that starts, ``given`` being what its command line says.
+
+    Raises BadSettings, one line that names every variable or option that is wrong and what would be right.
+    """
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        wrong = [_in_words(str(each["loc"][0]), each["msg"], given) for each in error.errors()]
+        raise BadSettings("; ".join(wrong)) from None
+
+
+def _in_words(name: str, message: str, given: Mapping[str, object]) -> str:
+    called = f"--{name.replace('_', '-')}" if name in given else PREFIX + name.upper()
+    ours = message.removeprefix("Value error, ")
+    if ours != message:
+        return f"{called}: {ours}"
+    field = Settings.model_fields.get(name)
+    described = f" ({field.description})" if field is not None and field.description else ""
+    return f"{called}: {message[0].lower()}{message[1:]}{described}"

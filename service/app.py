@@ -43,8 +43,13 @@ class _Lifespan(TypedDict):
 
 
 def create_app(settings: Settings) -> FastAPI:
-    """Return the service for these settings. Redis and the engine are opened when it starts, not here."""
+    """Return the service for these settings. Redis and the engine are opened when it starts, not here.
+
+    Raises BadSettings for a file of keys that cannot be used.
+    """
     metrics = Metrics()
+    # Here, not in a middleware, which is made at the first event: without the keys that it is to have nothing starts.
+    keys = settings.keys()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[_Lifespan]:
@@ -70,9 +75,9 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
         responses={status: {"model": Problem, "headers": _LATER} for status in ("4XX", "5XX")},
     )
-    app.openapi = lambda: document_of(app, secured(settings.keys()))  # type: ignore[method-assign]
+    app.openapi = lambda: document_of(app, secured(keys))  # type: ignore[method-assign]
     errors.install(app)
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Guard, keys=keys, rate_limit=settings.rate_limit)
     app.add_middleware(LastResort)
     app.add_middleware(MeasureRequests, metrics=metrics)
     if settings.cors_origins:

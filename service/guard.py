@@ -23,7 +23,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from hypersam.errors import Unavailable
 from hypersam.keys import ApiKey, find_key
-from hypersam.settings import Settings
 from service.errors import problem
 
 log = logging.getLogger(__name__)
@@ -62,10 +61,10 @@ class Guard:
     """ASGI middleware: 401 without a key that is known, 403 where it does not open the route, 429 where it is asked
     too often. Rates are counted in Redis for all processes together, by key, or by address where there are no keys."""
 
-    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[ApiKey], rate_limit: str | None) -> None:
         self.app = app
-        self._keys = settings.keys()
-        self._limit: RateLimitItem | None = parse(settings.rate_limit) if settings.rate_limit else None
+        self._keys = keys
+        self._limit: RateLimitItem | None = parse(rate_limit) if rate_limit else None
         self._limiter: MovingWindowRateLimiter | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,15 +9,18 @@ import sys
 from hypersam import doctor, logs
 from hypersam.cores import share_cores
 from hypersam.embedded_redis import die_with_parent
-from hypersam.errors import HypersamError
-from hypersam.settings import Settings
+from hypersam.errors import BadSettings, HypersamError
+from hypersam.settings import load
 from workers.worker import run
 
 
 def main() -> int:
     """Work until SIGTERM or SIGINT; a second one gives up the running job, which another worker retries."""
     share_cores()
-    settings = Settings()
+    try:
+        settings = load()
+    except BadSettings as error:
+        return _ended_by(error)
     logs.configure(settings)
     parent = os.environ.pop("HYPERSAM_PARENT", None)
     if parent is not None:
@@ -29,9 +32,13 @@ def main() -> int:
     try:
         run(settings)
     except HypersamError as error:
-        print(f"{error.code}: {error}", file=sys.stderr)
-        return 2
+        return _ended_by(error)
     return 0
+
+
+def _ended_by(error: HypersamError) -> int:
+    print(f"{error.code}: {error}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -9,14 +9,22 @@ import sys
 from redis import RedisError
 
 from hypersam.doctor import probe_connection
+from hypersam.errors import BadSettings
 from hypersam.jobs import JobBoard
-from hypersam.settings import Settings
+from hypersam.settings import load
 
 
 def main() -> int:
     """Say how many there are. A Redis that is away is not the worker's fault, but nor can it work: 1."""
-    settings = Settings()
-    connection = probe_connection(settings)
+    try:
+        settings = load()
+        connection = probe_connection(settings)
+    except BadSettings as error:
+        print(f"{error.code}: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"whether a Redis of ours runs cannot be seen: {error}", file=sys.stderr)
+        return 1
     if connection is None:
         print("no Redis is configured: give HYPERSAM_REDIS_URL", file=sys.stderr)
         return 1

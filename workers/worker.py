@@ -19,7 +19,7 @@ from rq.worker import SpawnWorker
 
 from hypersam.jobs import COMPRESS_QUEUE, JobBoard, connect
 from hypersam.settings import Settings
-from hypersam.store import open_store
+from hypersam.store import open_at_start
 from workers.lost import LostJobs
 
 log = logging.getLogger(__name__)
@@ -107,5 +107,5 @@ def build_worker(settings: Settings) -> CompressWorker:
 def run(settings: Settings) -> None:
     """Sweep what dead jobs left, then work until a signal comes."""
     with contextlib.closing(connect(settings)) as connection:
-        JobBoard(connection, open_store(settings), settings).sweep()
+        JobBoard(connection, open_at_start(settings), settings).sweep()
     build_worker(settings).work(logging_level=settings.log_level.upper())

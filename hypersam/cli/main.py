@@ -14,7 +14,7 @@ from hypersam import __version__
 from hypersam.cli import bench
 from hypersam.codecs import DEFAULT_CODEC
 from hypersam.cores import share_cores
-from hypersam.errors import HypersamError
+from hypersam.errors import BadSettings, HypersamError
 
 if TYPE_CHECKING:
     from hypersam.settings import Settings
@@ -206,15 +206,9 @@ def serve_command(
 
 def _settings(**given: Any) -> Settings:
     """Make the settings from the options that were given and from the environment."""
-    from pydantic import ValidationError
+    from hypersam.settings import load
 
-    from hypersam.settings import Settings
-
-    try:
-        return Settings(**{name: value for name, value in given.items() if value is not None})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise typer.BadParameter(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    return load(**{name: value for name, value in given.items() if value is not None})
 
 
 @app.command("doctor")
@@ -252,22 +246,25 @@ def new_key_command(
 
 
 def main() -> None:
-    """Entry of the console script. A user's mistake ends in one line on standard error and exit code 1."""
+    """Entry of the console script. A user's mistake ends in one line on standard error and exit code 1, or 2 where it
+    lies in how the command was called: an option, or a setting."""
     share_cores()
     try:
         app()
     except HypersamError as error:
-        report(error.code, str(error))
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        report(error.code, str(error), 2 if isinstance(error, BadSettings) else 1)
+    except OSError as error:
+        if error.filename is None:  # not about a file
+            raise
         report("file", f"{error.strerror}: {error.filename}")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def report(code: str, message: str) -> None:
-    """Say what went wrong, as JSON too where that was asked for, and leave with exit code 1."""
+def report(code: str, message: str, status: int = 1) -> None:
+    """Say what went wrong, as JSON too where that was asked for, and leave."""
     if "--json" in sys.argv:
         print_json({"error": {"code": code, "message": message}})
     _errors.print(f"[bold red]{code}[/]: ", end="")
     _errors.print(message, markup=False, highlight=False)
-    sys.exit(1)
+    sys.exit(status)

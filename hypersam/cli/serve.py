@@ -22,10 +22,10 @@ from hypersam import logs
 from hypersam.codecs import CODEC_VERSION, DEFAULT_CODEC
 from hypersam.embedded_redis import EmbeddedRedis
 from hypersam.errors import HypersamError, NameTaken
-from hypersam.jobs import JobBoard, JobSpec, connect
+from hypersam.jobs import JobBoard, JobSpec, client_of, connect
 from hypersam.options import check_options
 from hypersam.settings import Settings
-from hypersam.store import open_store
+from hypersam.store import open_at_start, open_store
 
 log = logging.getLogger(__name__)
 
@@ -130,11 +130,20 @@ def serve(settings: Settings, *, ready: Callable[[str], None] = announce) -> int
     Without ``settings.redis_url`` a Redis is started in the data folder. ``ready`` is called with the API's
     address once it accepts requests. Raises HypersamError if something cannot start.
     """
+    _check(settings)
     logs.configure(settings)
     try:
         return _serve(settings, ready)
     except SystemExit as end:  # by a signal, or by uvicorn when the port is taken
         return end.code if isinstance(end.code, int) else 1
+
+
+def _check(settings: Settings) -> None:
+    """Try, before anything is started, what is only found out in use. Raises BadSettings."""
+    settings.keys()
+    if settings.redis_url is not None:
+        client_of(settings.redis_url).close()
+    open_at_start(settings)
 
 
 def _serve(settings: Settings, ready: Callable[[str], None]) -> int:
@@ -162,7 +171,7 @@ def _run_api(settings: Settings, ready: Callable[[str], None]) -> int:
     config = uvicorn.Config(
         create_app(settings), host=settings.host, port=settings.port, log_level=settings.log_level,
         access_log=settings.log_level == "debug", timeout_graceful_shutdown=settings.drain_seconds, log_config=None,
-        http=protocol_for(settings), ws="none",
+        lifespan="on", http=protocol_for(settings), ws="none",
     )  # fmt: skip
     server = _Server(config, ready)
     server.run()

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from hypersam.errors import BadSettings
 from hypersam.settings import Settings
 from hypersam.store.disk import NAME, NO_ROOM, ArtifactStore, ModelRecord, UploadWriter, check_name
 
-__all__ = ["NAME", "NO_ROOM", "ArtifactStore", "ModelRecord", "UploadWriter", "check_name", "open_store"]
+__all__ = ["NAME", "NO_ROOM", "ArtifactStore", "ModelRecord", "UploadWriter", "check_name", "open_at_start",
+           "open_store"]  # fmt: skip
+
+
+def open_at_start(settings: Settings) -> ArtifactStore:
+    """Return the store, for a process that starts. Raises BadSettings where the data folder cannot be used."""
+    try:
+        return open_store(settings)
+    except OSError as error:
+        raise BadSettings(f"HYPERSAM_DATA_DIR cannot be used: {error.strerror}: {error.filename}") from error
 
 
 def open_store(settings: Settings) -> ArtifactStore:

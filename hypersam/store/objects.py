@@ -25,7 +25,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, NotModifiedError
 from obstore.store import S3Store
 
-from hypersam.errors import InvalidOption, NameTaken, StoreUnavailable, UnknownModel, UnknownUpload
+from hypersam.errors import BadSettings, NameTaken, StoreUnavailable, UnknownModel, UnknownUpload
 from hypersam.settings import Settings
 from hypersam.store.cache import DiskCache
 from hypersam.store.disk import DIGEST, NAME, ArtifactStore, ModelRecord, UploadWriter, check_name, room
@@ -38,21 +38,25 @@ BLOCK = 16 << 20  # bytes of one request
 
 
 def connect(settings: Settings) -> S3Store:
-    """Return a client for ``store_url``. Credentials come from AWS_* variables. Nothing is sent yet."""
-    url = settings.store_url
-    if not url.startswith("s3://") or len(url) == len("s3://"):
-        raise InvalidOption("store_url is s3://bucket or s3://bucket/prefix; leave it empty for the local disk")
+    """Return a client for ``store_url``. Credentials come from AWS_* variables. Nothing is sent yet.
+
+    Raises BadSettings where there can be no client.
+    """
     config: Any = {"aws_checksum_algorithm": "SHA256"}
     if settings.store_endpoint:
         config["aws_endpoint"] = settings.store_endpoint
     if settings.store_region:
         config["aws_region"] = settings.store_region
-    return S3Store.from_url(
-        url,
-        config=config,
-        client_options={"allow_http": settings.store_allow_http, "connect_timeout": "3s", "timeout": "60s"},
-        retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=20)},
-    )
+    try:
+        return S3Store.from_url(
+            settings.store_url,
+            config=config,
+            client_options={"allow_http": settings.store_allow_http, "connect_timeout": "3s", "timeout": "60s"},
+            retry_config={"max_retries": 2, "retry_timeout": timedelta(seconds=20)},
+        )
+    except BaseError as error:
+        why = str(error).partition("\n")[0]  # the client's own state follows
+        raise BadSettings(f"HYPERSAM_STORE_URL cannot be used: {why}") from error
 
 
 def reach(settings: Settings) -> None:

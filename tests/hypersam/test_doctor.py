@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from hypersam.doctor import Finding, Health
 from hypersam.embedded_redis import EmbeddedRedis
 from hypersam.errors import InvalidOption
 from hypersam.jobs import connect
+from hypersam.keys import new_key
 from hypersam.logs import JsonFormatter
 from hypersam.settings import Settings
 
@@ -46,10 +47,10 @@ def healths(findings: list[Finding]) -> dict[str, Health]:
     return {finding.part: finding.health for finding in findings}
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, under: Sequence[str] = (), **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HYPERSAM_")}
-    return subprocess.run([sys.executable, "-m", "hypersam.cli", "doctor", *arguments], capture_output=True, text=True,
-                          env={**inherited, **environment}, timeout=120)  # fmt: skip
+    command = [*under, sys.executable, "-m", "hypersam.cli", "doctor", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env={**inherited, **environment}, timeout=120)
 
 
 def test_all_is_well(tmp_path: Path, redis: EmbeddedRedis) -> None:
@@ -59,7 +60,7 @@ def test_all_is_well(tmp_path: Path, redis: EmbeddedRedis) -> None:
     found = json.loads(done.stdout)
     parts = {row["part"]: row for row in found["findings"]}
     assert set(parts) == {"versions", "redis", "workers", "store", "disk", "memory", "device", "kernel", "compiler",
-                          "kernel cache"}  # fmt: skip
+                          "keys", "kernel cache"}  # fmt: skip
     assert [name for name, row in parts.items() if row["health"] != "fine"] == ["workers"]  # none runs here
     assert found["health"] == "warning"
     assert all((row["todo"] is None) == (row["health"] == "fine") for row in parts.values())
@@ -154,6 +155,65 @@ def test_a_file_in_the_folders_place(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("")
     assert doctor.check_store(Settings(data_dir=tmp_path / "data")).health is Health.BROKEN
     assert doctor.check_store(Settings(data_dir=tmp_path / "data" / "below")).health is Health.BROKEN
+
+
+def test_a_folder_that_may_not_be_looked_into(tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    under: list[str] = []
+    if os.geteuid() == 0:  # who may look into every folder, unless that is taken away
+        lost = "-dac_override,-dac_read_search"
+        under = ["setpriv", f"--bounding-set={lost}", f"--inh-caps={lost}"]
+        os.chown(private, 65534, 65534)
+    else:
+        private.chmod(0)
+    done = run("--json", "--device", "cpu", "--data-dir", str(private / "data"), under=under,
+               TRITON_CACHE_DIR=str(private / "triton"))  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    parts = {row["part"]: row for row in json.loads(done.stdout)["findings"]}
+    assert {"versions", "memory", "device", "compiler"} <= set(parts)  # the rest is told all the same
+    for part, health in {"redis": "broken", "store": "broken", "disk": "broken", "kernel cache": "warning"}.items():
+        assert parts[part]["health"] == health
+        assert "Permission denied" in parts[part]["says"]
+        assert parts[part]["todo"]
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "a/" * 2500], ids=["name", "path"])
+def test_a_folder_of_a_name_that_is_too_long(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(data_dir=tmp_path / name)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / name))
+    [redis] = doctor.check_redis(settings)
+    for found in (redis, doctor.check_store(settings), doctor.check_disk(settings)):
+        assert found.health is Health.BROKEN
+    for found in (redis, doctor.check_store(settings), doctor.check_disk(settings), doctor.check_kernel_cache()):
+        assert "too long" in found.says
+        assert len(found.says) < 400
+
+
+def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")  # as for a user of no name without HOME
+
+    monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
+    monkeypatch.setattr(Path, "home", nowhere)
+    assert doctor.check_kernel_cache().health is Health.WARNING
+
+
+def test_keys_are_counted_and_not_told(tmp_path: Path) -> None:
+    keys = [new_key(f"k{n}", ["segment"])[1] for n in range(3)]
+    file = tmp_path / "keys"
+    file.write_text(f"{keys[1].line()}\n{keys[2].line()}\n")
+    found = doctor.check_keys(Settings(api_keys=(keys[0].line(),), api_keys_file=file, host="0.0.0.0"))
+    assert (found.health, found.facts["count"]) == (Health.FINE, 3)
+    assert not any(key.sha256 in str(found.as_dict()) for key in keys)
+    assert doctor.check_keys(Settings()).health is Health.FINE
+    assert doctor.check_keys(Settings(host="0.0.0.0")).health is Health.WARNING
+    file.write_text("hunter2")
+    for settings in (Settings(api_keys_file=file), Settings(api_keys_file=tmp_path / "none")):
+        found = doctor.check_keys(settings)
+        assert found.health is Health.BROKEN
+        assert "HYPERSAM_API_KEYS_FILE" in found.says
+        assert "hunter2" not in str(found.as_dict())
 
 
 def test_room_for_two_uploads(tmp_path: Path) -> None:

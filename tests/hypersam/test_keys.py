@@ -80,10 +80,10 @@ def test_a_file_of_keys(tmp_path: Path) -> None:
     assert settings.keys() == (third, first, second)
     for broken in ("", "# nothing\n", "nonsense"):
         path.write_text(broken)
-        with pytest.raises(InvalidOption, match="api_keys_file"):
+        with pytest.raises(InvalidOption, match="HYPERSAM_API_KEYS_FILE"):
             settings.keys()
     path.unlink()
-    with pytest.raises(InvalidOption, match="api_keys_file"):
+    with pytest.raises(InvalidOption, match="HYPERSAM_API_KEYS_FILE"):
         settings.keys()
 
 

@@ -13,6 +13,7 @@ import pytest
 from redis import Redis
 
 from hypersam.embedded_redis import EmbeddedRedis
+from hypersam.errors import BadSettings
 from hypersam.keys import new_key
 from hypersam.settings import Settings
 from service.app import create_app
@@ -151,6 +152,12 @@ def test_the_document_tells_of_keys(guarded: Api) -> None:
     assert document["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
     assert document["security"] == [{"key": []}]
     assert "security" not in create_app(Settings()).openapi()
+
+
+def test_no_application_is_made_without_the_keys_it_is_to_have(tmp_path: Path) -> None:
+    """Whoever serves it: a middleware would only see them when the first request is there."""
+    with pytest.raises(BadSettings, match="HYPERSAM_API_KEYS_FILE"):
+        create_app(Settings(api_keys_file=tmp_path / "none"))
 
 
 def test_compressing_and_segmenting_with_keys(guarded: Api, checkpoint: Path) -> None:

@@ -154,3 +154,18 @@ def test_the_carried_model_is_queued_once(
 def test_no_carried_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serve, "CARRIED_SAM", tmp_path / "none.pth")
     serve.register_carried(Settings(data_dir=tmp_path))  # does not even ask for Redis
+
+
+def test_an_application_that_fails_before_its_start_is_not_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error before the application answers uvicorn's first event is no sign that it knows no such events."""
+
+    async def broken(scope: object, receive: object, send: object) -> None:
+        raise RuntimeError("at once")
+
+    def ready(url: str) -> None:
+        raise AssertionError(f"is served at {url}")
+
+    monkeypatch.setattr("service.app.create_app", lambda settings: broken)
+    with pytest.raises(SystemExit) as ended:
+        serve._run_api(Settings(port=0), ready)
+    assert ended.value.code == 3  # uvicorn's for a start that failed
