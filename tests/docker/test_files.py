@@ -279,6 +279,26 @@ def test_the_manifest_s_pods() -> None:
             assert mounted == {"/data", "/home/hypersam/.cache", "/tmp"}
 
 
+def test_nginx_itself_reads_the_proxy_of_the_docs(tmp_path: Path) -> None:
+    nginx = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin")
+    if nginx is None or shutil.which("openssl") is None:
+        pytest.skip("there is no nginx and openssl here")
+    [block] = re.findall(
+        r"^```\n(limit_conn_zone .*?)^```", (ROOT / "docs/deploy.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    key, certificate = tmp_path / "key", tmp_path / "certificate"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-subj", "/CN=sam.example.org"]
+    subprocess.run([*made, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    block = block.replace("/etc/ssl/sam.example.org.pem", str(certificate)).replace(
+        "/etc/ssl/sam.example.org.key", str(key)
+    )
+    (tmp_path / "nginx.conf").write_text(f"pid {tmp_path}/pid;\nevents {{}}\nhttp {{\naccess_log off;\n{block}}}\n")
+    command = [nginx, "-t", "-p", str(tmp_path), "-e", str(tmp_path / "log"), "-c", "nginx.conf"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Settings().max_upload_bytes < int(re.findall(r"client_max_body_size (\d+)m;", block)[0]) << 20
+
+
 @pytest.mark.parametrize("unit", ["hypersam-api.service", "hypersam-worker@.service"])
 def test_units_set_what_exists(unit: str) -> None:
     text = (ROOT / "docker/systemd" / unit).read_text()
