@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,6 +97,9 @@ class Settings(BaseSettings):
     api_keys: Texts = Field((), description="lines of `hypersam keys new`; none here and no file: all is open")
     api_keys_file: Path | None = Field(None, description="such lines, one key each")
     rate_limit: str | None = Field(None, description="by key or address, such as 5/second or 120/minute")
+    trusted_proxies: Texts = Field(
+        (), description="addresses or networks of proxies whose X-Forwarded-For tells a client's address"
+    )
     cors_origins: Texts = Field((), description="pages of these origins may call; none may by default")
 
     job_timeout: PositiveInt = 6 * 3600
@@ -111,7 +115,7 @@ class Settings(BaseSettings):
     label_studio_token: str | None = Field(
         None, repr=False, description="its API token, sent to it with those requests"
     )
-    label_studio_stores: tuple[str, ...] = Field(
+    label_studio_stores: Texts = Field(
         (), description="origins besides it that pictures may come from: the object store behind its redirects"
     )
 
@@ -150,7 +154,7 @@ class Settings(BaseSettings):
                              f"{PREFIX}LABEL_STUDIO_TOKEN")  # fmt: skip
         return url
 
-    @field_validator("api_keys", "cors_origins", mode="before")
+    @field_validator("api_keys", "cors_origins", "label_studio_stores", "trusted_proxies", mode="before")
     @classmethod
     def _list_in_json(cls, value: object) -> object:
         if not isinstance(value, str):
@@ -176,6 +180,16 @@ class Settings(BaseSettings):
         if text is not None and not _RATE.fullmatch(text):
             raise ValueError("a rate is a number and a time: 5/second, 120/minute, 1000/hour or 10000/day")
         return text
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _proxies_are_addresses(cls, proxies: tuple[str, ...]) -> tuple[str, ...]:
+        for proxy in proxies:
+            try:
+                ip_network(proxy)
+            except ValueError:
+                raise ValueError(f"{proxy!r} is neither an address nor a network such as 10.0.0.0/8") from None
+        return proxies
 
     @field_validator("cors_origins", "label_studio_stores")
     @classmethod

@@ -172,6 +172,8 @@ def _run_api(settings: Settings, ready: Callable[[str], None]) -> int:
         create_app(settings), host=settings.host, port=settings.port, log_level=settings.log_level,
         access_log=settings.log_level == "debug", timeout_graceful_shutdown=settings.drain_seconds, log_config=None,
         lifespan="on", http=protocol_for(settings), ws="none",
+        # Nobody is believed by default, and not who connects from this host either, as uvicorn has it.
+        proxy_headers=bool(settings.trusted_proxies), forwarded_allow_ips=list(settings.trusted_proxies),
     )  # fmt: skip
     server = _Server(config, ready)
     server.run()

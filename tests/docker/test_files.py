@@ -28,8 +28,8 @@ MANIFEST: list[dict[str, Any]] = list(yaml.safe_load_all((ROOT / "docker/kuberne
 # What a container has of its own, whatever .env says, and what it has of the image and the command.
 FIXED = {"redis_url": "redis://redis:6379/0", "data_dir": "/data", "workers": "0"}
 INSIDE = {"host", "port"}
-# Read by the object store's client and by uvicorn.
-OTHERS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "FORWARDED_ALLOW_IPS"}
+# Read by the object store's client.
+OTHERS = {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"}
 
 
 class ComposeLoader(yaml.SafeLoader):
