@@ -1,7 +1,8 @@
 // The service's HTTP interface: the key, problems in plain words, uploads that tell their progress, a job's events.
 
 const KEY = "hypersam-key";
-const RETRY_AFTER = 1500; // milliseconds before a broken stream of events is taken up again
+const RECONNECT = 1500; // milliseconds before a broken stream of events is taken up again
+const MOST_WAIT = 30_000; // milliseconds that a request waits by itself to be sent again
 
 export const key = {
   get: () => sessionStorage.getItem(KEY) ?? "",
@@ -27,22 +28,27 @@ const WORDS = {
   unknown_model: "The model is gone",
 };
 
-/** An answer that is an error. `message` is for people, `code` for programs. */
+/** An answer that is an error. `message` is for people, `code` for programs, `wait` the milliseconds of Retry-After. */
 export class Problem extends Error {
-  constructor(status, code, detail) {
+  constructor(status, code, detail, wait) {
     const words = WORDS[code];
     super(code === "unauthorized" ? words : words && detail ? `${words}: ${detail}` : words || detail);
-    this.status = status;
-    this.code = code;
+    Object.assign(this, { status, code, wait });
+  }
+
+  /** Whether it is the picture that is refused, and will be every time. */
+  get refusesPicture() {
+    return this.status === 413 || this.code === "bad_image";
   }
 }
 
-function problemOf(status, text) {
+function problemOf(status, text, retryAfter) {
+  const wait = retryAfter ? 1000 * retryAfter : undefined; // NaN where it is a date, which the service does not send
   try {
     const { code, detail } = JSON.parse(text);
-    return new Problem(status, code, detail);
+    return new Problem(status, code, detail, wait);
   } catch {
-    return new Problem(status, "error", `The service answered with status ${status}.`);
+    return new Problem(status, "error", `The service answered with status ${status}.`, wait);
   }
 }
 
@@ -64,11 +70,30 @@ export async function ask(path, { method = "GET", body, accept, signal, more = {
   } catch (error) {
     throw isAbort(error) ? error : unreachable();
   }
-  if (!response.ok) throw problemOf(response.status, await response.text());
+  if (!response.ok) throw problemOf(response.status, await response.text(), response.headers.get("Retry-After"));
   return response;
 }
 
 export const askJson = async (path, options) => (await ask(path, options)).json();
+
+/** As askJson; where the service says when to ask again, that is done, once. `during(pause, problem)` awaits the pause. */
+export async function askPatiently(path, options, during) {
+  try {
+    return await askJson(path, options);
+  } catch (error) {
+    if (!(error.wait <= MOST_WAIT)) throw error;
+    await during(pause(error.wait, options.signal), error);
+  }
+  return askJson(path, options);
+}
+
+function pause(milliseconds, signal) {
+  return new Promise((resolve, reject) => {
+    signal?.throwIfAborted();
+    setTimeout(resolve, milliseconds);
+    signal?.addEventListener("abort", () => reject(aborted()));
+  });
+}
 
 /** POST a form and tell how much of it has left (`told(sent, total)`, bytes). Only XMLHttpRequest tells that. */
 export function upload(path, form, { signal, told }) {
@@ -103,7 +128,7 @@ export async function* watch(id, signal) {
     } catch (error) {
       if (isAbort(error) || (error instanceof Problem && error.status)) throw error;
     }
-    await new Promise((resolve) => setTimeout(resolve, RETRY_AFTER));
+    await pause(RECONNECT, signal);
   }
 }
 

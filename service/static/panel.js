@@ -1,15 +1,16 @@
 // One of the models that answer: its embedding of the picture, its masks.
 
-import { Problem, askJson, isAbort } from "./api.js";
+import { askPatiently } from "./api.js";
 import { Stage } from "./stage.js";
 import { fixed, isOriginal, size, times, whole } from "./words.js";
 
 /** One model's view of the picture: its own embedding, its own answers. */
 export class Panel {
   masks = [];
-  #embedding = null; // {control, imageId}
+  #embedding = null; // of the picture by the model: {model, blob, control, awaited, imageId, refused}
   #asking = null;
   #again = false;
+  #waits = new Set(); // what the busy sign says
 
   constructor(letter, desk) {
     this.desk = desk;
@@ -54,31 +55,25 @@ export class Panel {
   async embed() {
     this.#embedding?.control.abort();
     this.#asking?.abort();
-    this.#embedding = null;
+    this.#asking = this.#embedding = null;
     this.set([]);
     this.facts();
-    const { picture, blob } = this.desk;
-    if (!picture || !this.model || this.root.hidden) return;
-    const own = { control: new AbortController(), imageId: null };
+    const { picture, blob } = this.desk, { model } = this;
+    if (!picture || !model || this.root.hidden) return;
+    const own = { model, blob, control: new AbortController(), awaited: true, imageId: null, refused: null };
     this.#embedding = own;
-    this.busy(true);
-    const form = new FormData();
-    form.append("model", this.model.id);
-    form.append("image", blob, "picture");
     try {
-      own.imageId = (await askJson("embed", { method: "POST", body: form, signal: own.control.signal })).image_id;
-      this.desk.say(`${this.model.id} is ready.`);
-      await this.ask();
+      await this.#send(own, "embed", {}, own.control.signal);
+      if (this.#embedding === own) this.desk.say(`${model.id} is ready.`);
     } catch (error) {
-      this.desk.fail(error);
-    } finally {
-      if (this.#embedding === own) this.busy(false);
+      if (this.#embedding === own) this.desk.fail(error);
     }
+    own.awaited = false;
+    if (this.#embedding === own && own.imageId) await this.ask();
   }
 
   /** Ask for the masks of the prompts. While a box is drawn (`live`) a running question is not given up for the next. */
   async ask(live = false) {
-    const imageId = this.#embedding?.imageId;
     if (live && this.#asking) {
       this.#again = true;
       return;
@@ -86,46 +81,70 @@ export class Panel {
     this.#asking?.abort();
     this.#asking = null;
     this.#again = false;
+    const own = this.#embedding;
+    if (own?.refused) return this.desk.fail(own.refused);
     if (!this.desk.prompted) return this.set([]);
-    if (!imageId) return this.model || this.desk.say("There is no model yet.");
-    const control = (this.#asking = new AbortController());
+    if (!own) return this.desk.say("There is no model yet.");
+    if (own.awaited) return;
+    const control = (this.#asking = new AbortController()), { prompts } = this.desk;
     const began = performance.now();
+    let answer, problem;
     try {
-      const { prompts } = this.desk;
-      const answer = await this.question("rle", control.signal);
-      if (this.#asking === control) this.set(answer.masks, performance.now() - began, prompts);
+      answer = await this.#question(own, prompts, "rle", control.signal);
     } catch (error) {
-      if (error instanceof Problem && error.code === "unknown_image") return this.embed(); // no longer held
-      if (!isAbort(error)) this.set([]);
-      this.desk.fail(error);
-    } finally {
-      if (this.#asking === control) this.#asking = null;
+      problem = error;
     }
+    if (this.#asking !== control) return; // something else is asked by now
+    this.#asking = null;
+    if (problem) {
+      this.set([]);
+      this.desk.fail(problem);
+    } else this.set(answer.masks, performance.now() - began, prompts);
     if (this.#again) await this.ask(true);
   }
 
-  /**
-   * The answer to the prompts in another form; the embedding is made anew where it is no longer held. Null where that
-   * failed, which was told, or where something else is asked by then.
-   */
+  /** The masks that are shown, in another form. */
   async again(format) {
-    const { prompts } = this.desk, { model } = this;
-    try {
-      return await this.question(format);
-    } catch (error) {
-      if (!(error instanceof Problem) || error.code !== "unknown_image") throw error;
-    }
-    await this.embed();
-    const same = this.#embedding?.imageId && this.desk.prompts === prompts && this.model?.id === model.id;
-    return same ? this.question(format) : null;
+    return (await this.#question(this.#embedding, this.prompts, format)).masks;
   }
 
-  question(format, signal) {
-    const { points, box } = this.desk.prompts;
-    const body = { model: this.model.id, image_id: this.#embedding.imageId, multimask: points.length === 1 && !box, format };
-    if (points.length) Object.assign(body, { points: points.map(({ x, y }) => [x, y]), point_labels: points.map(({ label }) => label) });
-    if (box) body.box = box;
-    return askJson("segment", { method: "POST", body, signal });
+  async #question(own, { points, box }, format, signal) {
+    const fields = { multimask: points.length === 1 && !box, format };
+    if (points.length) fields.points = points.map(({ x, y }) => [x, y]);
+    if (points.length) fields.point_labels = points.map(({ label }) => label);
+    if (box) fields.box = box;
+    try {
+      const body = { model: own.model.id, image_id: own.imageId, ...fields };
+      if (own.imageId) return await this.#post("segment", body, signal);
+    } catch (error) {
+      if (error.code !== "unknown_image") throw error;
+    }
+    // Its embedding could not be made, or is no longer held; a service with little memory for embeddings never holds it.
+    return this.#send(own, "segment", fields, signal);
+  }
+
+  /** Send the picture itself, and note by what id it is known from then on, or that it is refused. */
+  async #send(own, path, fields, signal) {
+    const form = new FormData();
+    for (const [name, value] of Object.entries({ model: own.model.id, ...fields }))
+      form.append(name, typeof value === "object" ? JSON.stringify(value) : value);
+    form.append("image", own.blob, "picture");
+    try {
+      const answer = await this.#busy("Reading the picture…", this.#post(path, form, signal));
+      own.imageId = answer.image_id;
+      return answer;
+    } catch (error) {
+      if (error.refusesPicture) own.refused = error;
+      throw error;
+    }
+  }
+
+  #post(path, body, signal) {
+    return askPatiently(path, { method: "POST", body, signal }, (pause, { message, wait }) => {
+      const told = `${message} (asking again in ${wait / 1000} s)`;
+      this.desk.say(told);
+      return this.#busy(told, pause);
+    });
   }
 
   /** Take an answer: `masks` of the `prompts`, which `took` milliseconds. */
@@ -155,8 +174,23 @@ export class Panel {
     this.root.querySelector(".facts").textContent = parts.join(" · ");
   }
 
-  busy(on) {
-    this.root.querySelector(".busy").hidden = !on;
-    this.canvas.setAttribute("aria-busy", on);
+  /** Show that something is waited for until `work` has ended. */
+  async #busy(text, work) {
+    const own = { text };
+    this.#waits.add(own);
+    this.#showBusy();
+    try {
+      return await work;
+    } finally {
+      this.#waits.delete(own);
+      this.#showBusy();
+    }
+  }
+
+  #showBusy() {
+    const last = [...this.#waits].at(-1), sign = this.root.querySelector(".busy");
+    sign.hidden = !last;
+    sign.textContent = last?.text ?? "";
+    this.canvas.setAttribute("aria-busy", Boolean(last));
   }
 }

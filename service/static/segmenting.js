@@ -194,16 +194,14 @@ export class Desk {
   }
 
   async #download(format) {
-    const [panel] = this.#live, { mask, model } = panel;
+    const [panel] = this.#live, { mask, model, prompts } = panel;
     const stem = `${this.#title}-mask`, number = panel.masks.indexOf(mask);
     try {
       if (format === "rle") {
-        const whole = { model: model.id, width: this.picture.width, height: this.picture.height, ...this.prompts, ...mask };
+        const whole = { model: model.id, width: this.picture.width, height: this.picture.height, ...prompts, ...mask };
         return save(new Blob([JSON.stringify(whole, null, 1)], { type: "application/json" }), `${stem}.json`);
       }
-      const answer = await panel.again(format);
-      if (!answer) return;
-      const { segmentation, ...properties } = answer.masks[number];
+      const { segmentation, ...properties } = (await panel.again(format))[number];
       if (format === "png") {
         const bytes = Uint8Array.from(atob(segmentation), (letter) => letter.charCodeAt(0));
         return save(new Blob([bytes], { type: "image/png" }), `${stem}.png`);

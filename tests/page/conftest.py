@@ -14,21 +14,24 @@ import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from pycocotools import mask as coco
 
 from hypersam.settings import Settings
 from tests.service.running import ROOT, Api
 
 ASSETS = ROOT / "hypersam" / "assets"
 CARRIED = ASSETS / "small_sam.pth"
+ON = (230, 46)  # a pixel of the first sample's largest thing, by its annotation
 UNTOUCHED = '{"min_elements": 1099511627776}'
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NO_CHROMIUM = "no Chromium on this machine (Debian: apt-get install chromium)"
 
 
 # Not for the whole session: Playwright keeps an event loop running, beside which other tests cannot run theirs.
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
+        pytest.skip(NO_CHROMIUM)
     arguments = ["--no-sandbox"] if os.geteuid() == 0 else []  # root has no sandbox
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=arguments)
@@ -38,9 +41,11 @@ def browser() -> Iterator[Browser]:
             browser.close()
 
 
-@pytest.fixture(scope="module")
-def service(browser: Browser, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+@pytest.fixture(scope="package")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
     """With the carried SAM as it is (``original``) and eight times smaller (``eight``)."""
+    if CHROMIUM is None:
+        pytest.skip(NO_CHROMIUM)
     settings = Settings(
         data_dir=tmp_path_factory.mktemp("data"), port=0, workers=1, worker_heartbeat=2, device="cpu",
         register_default=False,
@@ -154,6 +159,11 @@ def until(page: Page, expression: str, timeout: float = 20_000) -> None:
 def pixels(data: bytes) -> np.ndarray:
     with Image.open(io.BytesIO(data)) as image:
         return np.array(image)
+
+
+def decoded(mask: dict[str, Any]) -> np.ndarray:
+    """An answer's mask, of COCO's RLE."""
+    return coco.decode(mask["segmentation"]).astype(bool)
 
 
 def resized(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

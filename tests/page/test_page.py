@@ -15,7 +15,7 @@ from pycocotools import mask as coco
 
 from hypersam.keys import new_key
 from hypersam.settings import Settings
-from tests.page.conftest import ROOT, Visit, checkpoint_of, pixels, resized, until
+from tests.page.conftest import ON, ROOT, Visit, checkpoint_of, decoded, pixels, resized, until
 from tests.service.running import Api
 
 pytestmark = [
@@ -27,11 +27,6 @@ pytestmark = [
 Open = Callable[..., Visit]
 SHOTS = ROOT / "docs" / "images"
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True, "device_scale_factor": 2}
-ON = (230, 46)  # a pixel of the first sample's largest thing, by its annotation
-
-
-def decoded(mask: dict) -> np.ndarray:
-    return coco.decode(mask["segmentation"]).astype(bool)
 
 
 def digits(text: str, like: np.ndarray) -> np.ndarray:
@@ -213,12 +208,11 @@ def test_a_download_after_the_embedding_is_gone(visit: Open) -> None:
 
     def lose(route: Route) -> None:
         asked = route.request.post_data_json
-        if not lost:
-            lost.append(asked["image_id"])
-            asked["image_id"] = "0" * len(lost[0])
+        lost.append(asked["image_id"])
+        asked["image_id"] = "0" * len(lost[0])
         route.continue_(post_data=json.dumps(asked))
 
-    v.page.route("**/segment", lose)
+    v.page.route("**/segment", lose, times=1)
     v.page.check("input[name=candidate][value='1']", force=True)
     with v.page.expect_download() as download:
         v.page.click("#get-png")

@@ -1,0 +1,183 @@
+"""What the page makes of prompts when answers fail, come late or come out of order, and of unusual gestures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from playwright.sync_api import Request, Route, expect
+
+from hypersam.settings import Settings
+from tests.page.conftest import CARRIED, ON, UNTOUCHED, Visit, decoded, pixels
+from tests.service.running import Api
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.slow,
+    # pycocotools' decoder, with NumPy 2.
+    pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
+]
+Open = Callable[..., Visit]
+
+
+def refuse(status: int, code: str, **headers: str) -> Callable[[Route], None]:
+    body = json.dumps({"code": code, "detail": "as tested"})
+    return lambda route: route.fulfill(
+        status=status, headers=headers, content_type="application/problem+json", body=body
+    )
+
+
+def requests_to(v: Visit, path: str) -> list[Request]:
+    found: list[Request] = []
+    v.page.on("request", lambda r: found.append(r) if r.url.endswith(path) else None)
+    return found
+
+
+def enter_key(v: Visit, key: str) -> None:
+    """This service asks for none; but the page asks for everything anew."""
+    v.page.eval_on_selector("#key-box", "box => { box.open = true }")
+    with v.page.expect_response("**/jobs?*"):
+        v.page.fill("#key", key)
+        v.page.keyboard.press("Enter")
+
+
+def pressed(v: Visit, *keys: str, times: int = 1) -> None:
+    for _ in range(times):
+        for key in keys:
+            v.page.keyboard.press(key)
+
+
+# --- failures
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        lambda route: route.abort(),
+        refuse(503, "overloaded", **{"Retry-After": "120"}),
+        refuse(429, "rate_limited", **{"Retry-After": "120"}),
+        refuse(500, "internal_error"),
+    ],
+    ids=["network", "503", "429", "500"],
+)
+def test_a_click_after_a_failed_embedding_is_answered(visit: Open, failure: Callable[[Route], None]) -> None:
+    v = visit(errors=True)
+    v.page.route("**/embed", failure)
+    v.page.click("[aria-label='Sample picture 1']")
+    expect(v.page.locator("#problem")).to_be_visible()
+    v.page.mouse.click(*v.place(*ON))
+    expect(v.page.locator("#panel-a .figures")).to_contain_text("pixels")
+    expect(v.page.locator("#problem")).to_be_hidden()
+    asked, _ = v.click(100, 100)
+    assert asked["image_id"]  # by then the picture need not be sent
+
+
+def test_a_refused_picture_stays_told_and_is_not_sent_again(visit: Open) -> None:
+    v = visit(errors=True)
+    sent = requests_to(v, "/embed"), requests_to(v, "/segment")
+    v.page.route("**/embed", refuse(413, "image_too_large"))
+    v.page.click("[aria-label='Sample picture 1']")
+    v.shows("#problem", "too large")
+    for _ in range(2):
+        v.page.mouse.click(*v.place(*ON))
+        expect(v.page.locator("#clear")).to_be_enabled()
+        expect(v.page.locator("#problem")).to_contain_text("too large")
+    v.page.click("#clear")
+    expect(v.page.locator("#clear")).to_be_disabled()
+    expect(v.page.locator("#problem")).to_be_visible()
+    assert [len(each) for each in sent] == [1, 0]
+    v.page.unroute("**/embed")
+    v.sample(1)
+    expect(v.page.locator("#problem")).to_be_hidden()
+    v.click(125, 125)
+
+
+def test_an_embedding_is_asked_for_again_when_the_service_says(visit: Open) -> None:
+    v = visit(errors=True)
+    sent = requests_to(v, "/embed")
+    v.page.route("**/embed", refuse(503, "overloaded", **{"Retry-After": "2"}), times=1)
+    v.page.click("[aria-label='Sample picture 1']")
+    v.shows("#panel-a .busy", "too much to do: as tested (asking again in 2 s)")
+    v.page.mouse.click(*v.place(*ON))  # is answered then
+    expect(v.page.locator("#panel-a .figures")).to_contain_text("pixels")
+    expect(v.page.locator("#panel-a .busy")).to_be_hidden()
+    expect(v.page.locator("#problem")).to_be_hidden()
+    assert len(sent) == 2
+
+
+def test_a_picture_chosen_meanwhile_ends_the_waiting(visit: Open) -> None:
+    v = visit(errors=True)
+    v.page.route("**/embed", refuse(503, "overloaded", **{"Retry-After": "25"}), times=1)
+    v.page.click("[aria-label='Sample picture 1']")
+    v.shows("#panel-a .busy", "asking again in 25 s")
+    v.sample(1)  # waits for the sign to go
+    v.click(125, 125)
+
+
+def test_a_service_that_holds_no_embeddings(visit: Open, tmp_path: Path) -> None:
+    settings = Settings(
+        data_dir=tmp_path / "data", port=0, workers=1, device="cpu", register_default=False, embedding_cache_bytes=0
+    )
+    forgetful = Api(settings)
+    try:
+        sent = forgetful.compress(CARRIED, name="original", options=UNTOUCHED)
+        assert forgetful.wait_job(sent.json()["id"])["state"] == "succeeded", forgetful.output()
+        v = visit(url=forgetful.url, errors=True)
+        embeds, questions = requests_to(v, "/embed"), requests_to(v, "/segment")
+        v.sample()
+        v.page.mouse.click(*v.place(*ON))
+        expect(v.page.locator("#panel-a .figures")).to_contain_text("pixels", timeout=20_000)
+        expect(v.page.locator("#candidates")).to_be_visible()
+        v.page.mouse.click(*v.place(100, 100), button="right")
+        expect(v.page.locator("#candidates")).to_be_hidden()
+        with v.page.expect_download() as download:
+            v.page.click("#get-png")
+        assert pixels(Path(download.value.path()).read_bytes()).shape == (256, 256)
+        expect(v.page.locator("#problem")).to_be_hidden()
+        assert [len(embeds), len(questions)] == [1, 6]  # by the id, which is unknown, and then with the picture
+        v.close()
+    finally:
+        forgetful.stop()
+
+
+# --- what is shown while something else is awaited
+
+
+def test_a_download_is_of_what_is_shown(visit: Open) -> None:
+    v = visit()
+    v.sample()
+    _, answer = v.click(*ON)
+    v.page.check("input[name=candidate][value='1']", force=True)
+    v.shows("#panel-a .figures", f"{answer['masks'][1]['area']:,} pixels")
+    held: list[Route] = []
+
+    def hold(route: Route) -> None:
+        if len(route.request.post_data_json["points"]) > 1:
+            held.append(route)
+        else:
+            route.continue_()
+
+    v.page.route("**/segment", hold)
+    v.page.mouse.click(*v.place(100, 100), button="right")
+    v.becomes(lambda: held)
+    files = {}
+    for kind in ("png", "rle", "geojson"):
+        with v.page.expect_download() as download:
+            v.page.click(f"#get-{kind}")
+        files[kind] = Path(download.value.path()).read_bytes()
+    shown = decoded(answer["masks"][1])
+    np.testing.assert_array_equal(pixels(files["png"]) > 127, shown)
+    rle = json.loads(files["rle"])
+    np.testing.assert_array_equal(decoded(rle), shown)
+    assert [point["label"] for point in rle["points"]] == [1]
+    (feature,) = json.loads(files["geojson"])["features"]
+    assert feature["properties"]["area"] == shown.sum()
+    held[0].continue_()
+    expect(v.page.locator("#candidates")).to_be_hidden()
+    expect(v.page.locator("#problem")).to_be_hidden()
+    with v.page.expect_download() as download:
+        v.page.click("#get-rle")
+    assert [point["label"] for point in json.loads(Path(download.value.path()).read_bytes())["points"]] == [1, 0]
