@@ -24,8 +24,9 @@ export class Desk {
     this.holder = $("panels");
     this.hands = {
       mode: () => chosen("mode"),
-      point: (x, y, label) => this.#change({ ...this.prompts, points: [...this.prompts.points, { x, y, label }] }),
-      box: (box, final) => this.#box(box, final),
+      point: (x, y, label) => this.#change({ ...this.#settled, points: [...this.#settled.points, { x, y, label }] }),
+      box: (box, final) => this.#change({ ...this.#settled, box }, { live: !final }),
+      dropBox: () => this.#before && this.undo(),
       undo: () => this.undo(),
       say: (text) => this.say(text),
     };
@@ -55,6 +56,11 @@ export class Desk {
     return this.prompts.points.length > 0 || this.prompts.box !== null;
   }
 
+  /** The prompts without a box that is still being drawn. */
+  get #settled() {
+    return this.#before ?? this.prompts;
+  }
+
   get #live() {
     return this.panels.filter(({ root }) => !root.hidden);
   }
@@ -74,12 +80,12 @@ export class Desk {
     Object.assign(this, { picture, blob });
     this.#title = (blob.name ?? "picture").replace(/\.[^.]*$/, "") || "picture";
     this.#past = [];
-    this.prompts = { points: [], box: null };
+    this.#before = null;
     for (const panel of this.panels) {
       panel.show(picture);
       panel.name(panel.label.textContent);
-      panel.stage.showPrompts(this.prompts);
     }
+    this.#setPrompts({ points: [], box: null });
     this.say(`Picture of ${picture.width} by ${picture.height} pixels.`);
     await Promise.all(this.#live.map((panel) => panel.embed()));
   }
@@ -108,7 +114,6 @@ export class Desk {
       const other = kin.find(({ report }) => isOriginal(report)) ?? kin[0] ?? peers[0];
       right.select.value = other.id;
       right.show(this.picture);
-      right.stage.showPrompts(this.prompts);
       if (isOriginal(other.report)) {
         [left.select.value, right.select.value] = [other.id, model.id];
         left.embed();
@@ -139,28 +144,25 @@ export class Desk {
 
   #change(prompts, { remember = true, live = false } = {}) {
     if (!this.picture) return;
-    if (remember) this.#past.push(this.prompts);
+    if (remember && !live) this.#past.push(this.#settled);
+    this.#before = live ? this.#settled : null;
+    this.#setPrompts(prompts);
+    this.fail(null);
+    if (!this.prompted) this.say("No prompts are left, and no mask.");
+    for (const panel of this.#live) panel.ask(live);
+  }
+
+  #setPrompts(prompts) {
     this.prompts = prompts;
     $("undo").disabled = this.#past.length === 0;
     $("clear").disabled = !this.prompted;
-    this.fail(null);
-    for (const panel of this.#live) {
-      panel.stage.showPrompts(prompts);
-      panel.ask(live);
-    }
+    for (const { stage } of this.panels) stage.showPrompts(prompts);
   }
 
-  #box(box, final) {
-    this.#before ??= this.prompts;
-    if (final) {
-      this.#past.push(this.#before);
-      this.#before = null;
-    }
-    this.#change({ ...this.prompts, box }, { remember: false, live: !final });
-  }
-
+  /** Take back the box that is being drawn, or else the last change. */
   undo() {
-    if (this.#past.length) this.#change(this.#past.pop(), { remember: false });
+    const prompts = this.#before ?? this.#past.pop();
+    if (prompts) this.#change(prompts, { remember: false });
     else this.say("Nothing to undo.");
   }
 
@@ -225,5 +227,6 @@ export class Desk {
     if (error?.code === "unauthorized") $("key-box").open = true;
     $("problem").hidden = !error;
     $("problem").textContent = error?.message ?? "";
+    if (error) this.say(""); // what was said of a mask no longer holds
   }
 }

@@ -10,15 +10,15 @@ const FILL = [0, 174, 239, 105], EDGE = [255, 255, 255, 235], ALONE = [255, 138,
 const ADD = "#0a7d3c", REMOVE = "#c01f3a", LINE = "#ffffff", SHADE = "rgb(0 20 40 / 75%)";
 
 /**
- * `on.point(x, y, label)`, `on.box(box, final)`, `on.undo()`, `on.say(text)` are called; `on.mode()` is asked.
- * Coordinates are pixels of the picture; a box is [x0, y0, x1, y1].
+ * `on.point(x, y, label)`, `on.box(box, final)`, `on.dropBox()`, `on.undo()`, `on.say(text)` are called; `on.mode()` is
+ * asked. Coordinates are pixels of the picture, whose first has its centre at 0.5, 0.5; a box is [x0, y0, x1, y1].
  */
 export class Stage {
   #picture = null;
   #overlay = null;
   #prompts = { points: [], box: null };
-  #cross = null; // the crosshair
-  #corner = null; // of a box begun by keys
+  #cross = null; // the pixel that the crosshair is on
+  #corner = null; // the pixel at which a box was begun by keys
   #press = null;
   #due = false;
 
@@ -30,7 +30,7 @@ export class Stage {
     canvas.addEventListener("pointerdown", (event) => this.#down(event));
     canvas.addEventListener("pointermove", (event) => this.#move(event));
     canvas.addEventListener("pointerup", (event) => this.#up(event));
-    canvas.addEventListener("pointercancel", () => this.#forget());
+    canvas.addEventListener("pointercancel", (event) => this.#press?.id === event.pointerId && this.#cancel());
     canvas.addEventListener("contextmenu", (event) => this.#picture && event.preventDefault());
     canvas.addEventListener("keydown", (event) => this.#key(event));
     canvas.addEventListener("blur", () => this.#draw());
@@ -38,6 +38,7 @@ export class Stage {
   }
 
   show(picture) {
+    this.#cancel();
     this.#picture = picture;
     this.#overlay = this.#corner = null;
     this.#cross = picture && { x: Math.floor(picture.width / 2), y: Math.floor(picture.height / 2), shown: false };
@@ -87,7 +88,7 @@ export class Stage {
     context.drawImage(this.#picture, 0, 0, width, height);
     if (this.#overlay) context.drawImage(this.#overlay, 0, 0, width, height);
     const scale = width / this.#picture.width, unit = devicePixelRatio;
-    const begun = this.#corner && [this.#corner.x, this.#corner.y, this.#cross.x, this.#cross.y];
+    const begun = this.#corner && boxOfPixels(this.#corner, this.#cross);
     for (const box of [this.#prompts.box, begun]) if (box) frame(context, box.map((v) => v * scale), unit);
     for (const { x, y, label } of this.#prompts.points) dot(context, x * scale, y * scale, label, unit);
     if (this.#cross.shown && document.activeElement === this.canvas)
@@ -107,7 +108,9 @@ export class Stage {
     if (!this.#picture || event.button === 1 || !event.isPrimary) return;
     const touch = event.pointerType === "touch", mode = this.on.mode();
     const removes = event.button === 2 || (mode === "remove" && !event.shiftKey);
-    this.#press = { from: this.#place(event), at: [event.clientX, event.clientY], removes, drags: !touch || mode === "box" };
+    this.#cancel();
+    this.#press = { id: event.pointerId, from: this.#place(event), at: [event.clientX, event.clientY], removes };
+    this.#press.drags = !touch || mode === "box";
     if (event.button === 2) this.#press.drags = false;
     this.#press.taps = mode !== "box" || event.button === 2;
     if (touch && mode !== "box")
@@ -122,20 +125,33 @@ export class Stage {
 
   #move(event) {
     const press = this.#press;
-    if (!press) return;
+    if (press?.id !== event.pointerId) return;
     const far = Math.hypot(event.clientX - press.at[0], event.clientY - press.at[1]) > DRAG;
     if (far && !press.drags && press.timer) return this.#forget();
-    if (!press.drags || !(far || press.box)) return;
-    press.box = boxOf(press.from, this.#place(event));
-    this.on.box(press.box, false);
+    if (!press.drags || !(far || press.dragged)) return;
+    press.dragged = true;
+    this.#drag(press, event, false);
   }
 
   #up(event) {
     const press = this.#press;
+    if (press?.id !== event.pointerId) return;
     this.#forget();
-    if (!press) return;
-    if (press.box) this.on.box(boxOf(press.from, this.#place(event)), true);
+    if (press.dragged) this.#drag(press, event, true);
     else if (press.taps) this.on.point(press.from.x, press.from.y, press.removes ? 0 : 1);
+  }
+
+  #drag({ from }, event, final) {
+    const box = boxOf(from, this.#place(event));
+    if (box[2] > box[0] && box[3] > box[1]) return this.on.box(box, final);
+    this.on.dropBox(); // no model takes one without area
+    if (final) this.on.say("A box needs two corners that differ in both directions.");
+  }
+
+  #cancel() {
+    const dragged = this.#press?.dragged;
+    this.#forget();
+    if (dragged) this.on.dropBox();
   }
 
   #forget() {
@@ -172,15 +188,14 @@ export class Stage {
 
   #act(mode) {
     const { x, y } = this.#cross;
-    if (mode !== "box") return this.on.point(x, y, mode === "remove" ? 0 : 1);
+    if (mode !== "box") return this.on.point(x + 0.5, y + 0.5, mode === "remove" ? 0 : 1);
     if (!this.#corner) {
       this.#corner = { x, y };
       return this.on.say(`Box begun at ${x}, ${y}. Move to the opposite corner and press again.`);
     }
-    const box = boxOf(this.#corner, { x, y });
+    const box = boxOfPixels(this.#corner, { x, y });
     this.#corner = null;
-    if (box[2] > box[0] && box[3] > box[1]) this.on.box(box, true);
-    else this.on.say("A box needs two corners that differ in both directions.");
+    this.on.box(box, true);
   }
 
   #drop() {
@@ -190,6 +205,12 @@ export class Stage {
 }
 
 const boxOf = (a, b) => [Math.min(a.x, b.x), Math.min(a.y, b.y), Math.max(a.x, b.x), Math.max(a.y, b.y)];
+
+/** Of whole pixels, the two and what is between them. */
+function boxOfPixels(a, b) {
+  const [x0, y0, x1, y1] = boxOf(a, b);
+  return [x0, y0, x1 + 1, y1 + 1];
+}
 
 function overlayOf(rle, other) {
   const step = Math.max(1, Math.ceil(Math.max(...rle.size) / LARGEST_OVERLAY));

@@ -181,3 +181,117 @@ def test_a_download_is_of_what_is_shown(visit: Open) -> None:
     with v.page.expect_download() as download:
         v.page.click("#get-rle")
     assert [point["label"] for point in json.loads(Path(download.value.path()).read_bytes())["points"]] == [1, 0]
+
+
+# --- gestures and keys
+
+
+def test_a_drag_along_a_line_is_no_box(visit: Open) -> None:
+    v = visit()
+    v.sample()
+    questions = requests_to(v, "/segment")
+    v.page.mouse.move(*v.place(60, 100))
+    v.page.mouse.down()
+    v.page.mouse.move(*v.place(200, 100), steps=5)
+    v.page.mouse.up()
+    v.shows("#said", "A box needs two corners")
+    expect(v.page.locator("#undo")).to_be_disabled()
+    assert not questions
+    v.click(*ON)
+    v.page.mouse.move(*v.place(60, 100))
+    v.page.mouse.down()
+    v.page.mouse.move(*v.place(200, 180), steps=5)  # a box, for a while
+    v.page.mouse.move(*v.place(200, 100))
+    v.page.mouse.up()
+    expect(v.page.locator("#problem")).to_be_hidden()
+    v.page.mouse.click(*v.place(100, 100), button="right")
+    v.becomes(lambda: questions[-1].post_data_json.get("point_labels") == [1, 0])
+    assert "box" not in questions[-1].post_data_json
+    v.page.click("#undo")
+    v.page.click("#undo")
+    expect(v.page.locator("#undo")).to_be_disabled()
+
+
+def test_a_box_that_the_browser_takes_the_pointer_from_is_taken_back(visit: Open) -> None:
+    v = visit(has_touch=True)
+    wire = v.context.new_cdp_session(v.page)
+
+    def touch(kind: str, *places: tuple[float, float]) -> None:
+        points = [dict(zip("xy", v.place(*place), strict=True)) for place in places]
+        wire.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    v.sample()
+    before = v.canvas()
+    v.page.check("input[name=mode][value=box]", force=True)
+    with v.page.expect_response("**/segment"):
+        touch("touchStart", (60, 60))
+        touch("touchMove", (90, 90))
+        touch("touchMove", (120, 120))
+    expect(v.page.locator("#clear")).to_be_enabled()
+    touch("touchCancel")
+    expect(v.page.locator("#clear")).to_be_disabled()
+    expect(v.page.locator("#undo")).to_be_disabled()
+    v.becomes(lambda: np.array_equal(v.canvas(), before))
+    v.page.check("input[name=mode][value=add]", force=True)
+    v.click(*ON)
+    v.page.mouse.move(*v.place(148, 9))
+    v.page.mouse.down()
+    v.page.mouse.move(*v.place(250, 153), steps=4)
+    v.page.mouse.up()
+    expect(v.page.locator("#candidates")).to_be_hidden()
+    questions = requests_to(v, "/segment")
+    v.page.click("#undo")
+    expect(v.page.locator("#candidates")).to_be_visible()  # as of the single click
+    assert questions[-1].post_data_json["point_labels"] == [1]
+    assert "box" not in questions[-1].post_data_json
+
+
+def test_a_second_pointer_does_not_draw(visit: Open) -> None:
+    v = visit()
+    v.sample()
+    v.page.mouse.move(*v.place(60, 60))
+    v.page.mouse.down()
+    v.page.mouse.move(*v.place(150, 150), steps=4)
+    x, y = v.place(20, 20)
+    other = {"pointerId": 99, "pointerType": "touch", "isPrimary": False, "clientX": x, "clientY": y}
+    for kind in ("pointerdown", "pointermove", "pointerup"):
+        v.page.dispatch_event("#stage-a", kind, other)
+    expect(v.page.locator("#undo")).to_be_disabled()  # the box is still being drawn
+    questions = requests_to(v, "/segment")
+    v.page.mouse.up()
+    expect(v.page.locator("#undo")).to_be_enabled()
+    v.becomes(lambda: questions)
+    np.testing.assert_allclose(questions[-1].post_data_json["box"], [60, 60, 150, 150], atol=0.6)
+
+
+def test_the_end_of_a_mask_is_announced(visit: Open) -> None:
+    v = visit(errors=True)
+    v.sample()
+    for end in ("#clear", "#undo"):
+        v.click(*ON)
+        v.shows("#said", "Mask of")
+        v.page.click(end)
+        expect(v.page.locator("#said")).to_have_text("No prompts are left, and no mask.")
+    v.click(*ON)
+    v.shows("#said", "Mask of")
+    v.page.route("**/segment", refuse(503, "overloaded"))
+    v.page.mouse.click(*v.place(100, 100))
+    v.shows("#problem", "too much to do")
+    expect(v.page.locator("#said")).to_have_text("")
+
+
+def test_keys_reach_every_pixel(visit: Open) -> None:
+    v = visit()
+    v.sample()
+    v.page.focus("#stage-a")
+    pressed(v, "ArrowLeft", "ArrowUp", times=30)
+    asked, _ = v.segmented(lambda: pressed(v, "Enter"))
+    assert asked["points"] == [[0.5, 0.5]]
+    pressed(v, "Backspace", "b")
+    pressed(v, "ArrowRight", "ArrowDown", times=55)
+    asked, _ = v.segmented(lambda: pressed(v, "b"))
+    assert asked["box"] == [0, 0, 256, 256]
+    pressed(v, "b")  # from the last pixel back to the first
+    pressed(v, "ArrowLeft", "ArrowUp", times=55)
+    asked, _ = v.segmented(lambda: pressed(v, "b"))
+    assert asked["box"] == [0, 0, 256, 256]
