@@ -1,7 +1,7 @@
 // A checkpoint's way: choose, upload, watch the job, hand over its report.
 
 import { Problem, ask, askJson, isAbort, upload, watch } from "./api.js";
-import { element, seconds, size } from "./words.js";
+import { fillSelect, seconds, size } from "./words.js";
 
 const $ = (id) => document.getElementById(id);
 const CARRIED = "static/assets/small_sam.pth";
@@ -45,7 +45,8 @@ export class Press {
   }
 
   setVariants(variants) {
-    $("variant").append(...variants.map(({ id, title }) => element("option", { value: id, textContent: title })));
+    const [own] = $("variant").options; // to be found out; the rest may be there from before a change of key
+    fillSelect($("variant"), [[own.value, own.textContent], ...variants.map(({ id, title }) => [id, title])]);
   }
 
   /** Take a checkpoint that was chosen or dropped. */

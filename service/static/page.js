@@ -24,6 +24,7 @@ async function loadReport() {
   const model = desk.models.find(({ id }) => id === $("report-model").value);
   if (!model || model.artifact_sha256 === reported) return;
   const { report } = await askJson(`models/${encodeURIComponent(model.id)}`);
+  if ($("report-model").value !== model.id) return; // another is chosen by now
   reported = model.artifact_sha256;
   showReport($("report-body"), report, model.id);
 }

@@ -19,6 +19,7 @@ export class Desk {
   #title = "picture";
   #past = []; // the prompts before each change
   #before = null; // those before a box that is being drawn
+  #opening = null; // the picture chosen last
 
   constructor() {
     this.holder = $("panels");
@@ -67,15 +68,20 @@ export class Desk {
 
   // --- picture and models
 
-  /** Show a picture and have its embeddings made. */
-  async open(blob) {
+  /** Show a picture, a blob or the promise of one, and have its embeddings made; of several the one chosen last stays. */
+  async open(source) {
     this.fail(null);
-    let picture;
+    const own = (this.#opening = {});
+    let blob, picture, problem;
     try {
+      blob = await source;
       picture = await createImageBitmap(blob);
-    } catch {
-      return this.fail(new Problem(0, "", "This browser cannot show this file as a picture. PNG, JPEG, WebP, GIF and BMP work."));
+    } catch (error) {
+      const unreadable = "This browser cannot show this file as a picture. PNG, JPEG, WebP, GIF and BMP work.";
+      problem = error instanceof Problem ? error : new Problem(0, "", unreadable);
     }
+    if (this.#opening !== own) return picture?.close();
+    if (problem) return this.fail(problem);
     this.picture?.close();
     Object.assign(this, { picture, blob });
     this.#title = (blob.name ?? "picture").replace(/\.[^.]*$/, "") || "picture";
@@ -97,9 +103,12 @@ export class Desk {
     this.told = true;
     const options = models.map((model) => [model.id, modelTitle(model)]);
     const first = models.find(({ report }) => !isOriginal(report)) ?? models[0];
-    for (const panel of this.panels) fillSelect(panel.select, options, panel.select.value || first?.id);
+    for (const { select } of this.panels) {
+      const kept = models.some(({ id }) => id === select.value);
+      fillSelect(select, options, kept ? select.value : first?.id);
+    }
+    if (models.length < 2 && $("compare").checked) $("compare").click(); // before it is disabled, when clicks do nothing
     $("compare").disabled = models.length < 2;
-    if (models.length < 2 && $("compare").checked) $("compare").click();
     this.panels.forEach((panel, k) => (panel.model?.artifact_sha256 === before[k] ? panel.facts() : panel.embed()));
   }
 
@@ -130,13 +139,8 @@ export class Desk {
     const url = `static/assets/scenes/scene_${number}.png`;
     const image = element("img", { src: url, alt: "", width: 40, height: 40 });
     const button = element("button", { type: "button", className: "sample", ariaLabel: `Sample picture ${number + 1}` }, image);
-    button.addEventListener("click", async () => {
-      try {
-        this.open(new File([await (await ask(url)).blob()], `scene_${number}.png`));
-      } catch (error) {
-        this.fail(error);
-      }
-    });
+    const file = async () => new File([await (await ask(url)).blob()], `scene_${number}.png`);
+    button.addEventListener("click", () => this.open(file()));
     return button;
   }
 
@@ -180,7 +184,7 @@ export class Desk {
     right?.draw(alike ? left : null);
     const several = Math.max(...live.map(({ masks }) => masks.length)) > 1;
     $("candidates").hidden = !several;
-    if (!several && left.mask) document.querySelector("input[name=candidate]").checked = true;
+    if (!several && (left.mask || !this.prompted)) document.querySelector("input[name=candidate]").checked = true;
     for (const id of ["get-png", "get-rle", "get-geojson"]) $(id).disabled = !left.mask;
     const masks = live.map(({ mask }) => mask).filter(Boolean);
     const both = alike && masks.length === 2 ? compared(masks[0].segmentation, masks[1].segmentation) : null;

@@ -183,6 +183,85 @@ def test_a_download_is_of_what_is_shown(visit: Open) -> None:
     assert [point["label"] for point in json.loads(Path(download.value.path()).read_bytes())["points"]] == [1, 0]
 
 
+def test_of_two_pictures_the_one_chosen_last_is_shown(visit: Open) -> None:
+    v = visit()
+    held: list[Route] = []
+    v.page.route("**/scene_0.png", lambda route: held.append(route))
+    v.page.click("[aria-label='Sample picture 1']")
+    v.becomes(lambda: held)
+    v.sample(1)
+    v.click(125, 125)
+    with v.page.expect_event("requestfinished", lambda request: request.url.endswith("scene_0.png")):
+        held[0].continue_()
+    v.page.wait_for_timeout(200)  # in which it could be decoded
+    expect(v.page.locator("#panel-a .figures")).to_contain_text("pixels")
+    with v.page.expect_download() as download:
+        v.page.click("#get-rle")
+    assert download.value.suggested_filename == "scene_1-mask.json"
+
+
+def test_another_picture_begins_anew(visit: Open) -> None:
+    v = visit()
+    v.sample()
+    v.click(*ON)
+    v.page.check("input[name=candidate][value='2']", force=True)
+    v.sample(1)
+    expect(v.page.locator("#undo")).to_be_disabled()
+    expect(v.page.locator("#clear")).to_be_disabled()
+    _, answer = v.click(125, 125)
+    v.shows("#panel-a .figures", f"{answer['masks'][0]['area']:,} pixels")  # the best
+
+
+def test_models_that_are_gone(visit: Open, service: Api) -> None:
+    v = visit()
+    found = {model["id"]: model for model in service.http.get("/models").json()["models"]}
+    original, eight = found["original"], found["eight"]
+    third = {**eight, "id": "third", "artifact_sha256": "0" * 64}
+    models = [original, eight, third]
+    v.page.route("**/models", lambda route: route.fulfill(json={"models": models}))
+    enter_key(v, "first")
+    variants = v.page.locator("#variant option").count()
+    v.page.select_option("#model-a", "third")
+    models.remove(third)
+    enter_key(v, "second")
+    expect(v.page.locator("#model-a")).to_have_value("eight")
+    expect(v.page.locator("#variant option")).to_have_count(variants)
+
+    v.sample()
+    with v.page.expect_response("**/embed"):
+        v.page.check("#compare")
+    models.remove(original)
+    enter_key(v, "third")
+    expect(v.page.locator("#panel-b")).to_be_hidden()
+    expect(v.page.locator("#compare")).not_to_be_checked()
+    expect(v.page.locator("#compare")).to_be_disabled()
+    expect(v.page.locator("#panel-a .busy")).to_be_hidden()
+
+    held: list[Route] = []
+    v.page.route("**/embed", lambda route: held.append(route))
+    v.page.click("[aria-label='Sample picture 2']")
+    expect(v.page.locator("#panel-a .busy")).to_be_visible()
+    models.clear()
+    enter_key(v, "fourth")
+    v.shows("#panel-a .facts", "No model yet")
+    expect(v.page.locator("#panel-a .busy")).to_be_hidden()
+
+
+def test_the_report_is_of_the_model_chosen_last(visit: Open) -> None:
+    v = visit()
+    v.page.select_option("#report-model", "eight")
+    v.page.wait_for_selector(".mean.own")
+    held: list[Route] = []
+    v.page.route("**/models/original", lambda route: held.append(route))
+    v.page.select_option("#report-model", "original")
+    v.becomes(lambda: held)
+    v.page.select_option("#report-model", "eight")
+    with v.page.expect_event("requestfinished", lambda request: request.url.endswith("/models/original")):
+        held[0].continue_()
+    v.page.wait_for_timeout(200)  # in which it could be drawn
+    expect(v.page.locator(".mean.own")).to_be_visible()
+
+
 # --- gestures and keys
 
 
