@@ -76,7 +76,7 @@ export async function ask(path, { method = "GET", body, accept, signal, more = {
 
 export const askJson = async (path, options) => (await ask(path, options)).json();
 
-/** As askJson; where the service says when to ask again, that is done, once. `during(pause, problem)` awaits the pause. */
+/** As askJson; where the service says when to ask again, that is done once; `during(pause, problem)` awaits it. */
 export async function askPatiently(path, options, during) {
   try {
     return await askJson(path, options);

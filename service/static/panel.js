@@ -119,7 +119,7 @@ export class Panel {
     } catch (error) {
       if (error.code !== "unknown_image") throw error;
     }
-    // Its embedding could not be made, or is no longer held; a service with little memory for embeddings never holds it.
+    // Its embedding could not be made, or is no longer held; a service with little room for embeddings holds none.
     return this.#send(own, "segment", fields, signal);
   }
 

@@ -68,7 +68,7 @@ export class Desk {
 
   // --- picture and models
 
-  /** Show a picture, a blob or the promise of one, and have its embeddings made; of several the one chosen last stays. */
+  /** Show a picture, a blob or the promise of one, and have its embeddings made; the one chosen last stays. */
   async open(source) {
     this.fail(null);
     const own = (this.#opening = {});
@@ -107,7 +107,8 @@ export class Desk {
       const kept = models.some(({ id }) => id === select.value);
       fillSelect(select, options, kept ? select.value : first?.id);
     }
-    if (models.length < 2 && $("compare").checked) $("compare").click(); // before it is disabled, when clicks do nothing
+    // Before it is disabled: then a click does nothing.
+    if (models.length < 2 && $("compare").checked) $("compare").click();
     $("compare").disabled = models.length < 2;
     this.panels.forEach((panel, k) => (panel.model?.artifact_sha256 === before[k] ? panel.facts() : panel.embed()));
   }

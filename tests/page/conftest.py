@@ -23,6 +23,7 @@ ASSETS = ROOT / "hypersam" / "assets"
 CARRIED = ASSETS / "small_sam.pth"
 ON = (230, 46)  # a pixel of the first sample's largest thing, by its annotation
 UNTOUCHED = '{"min_elements": 1099511627776}'
+expect.set_options(timeout=20_000)  # milliseconds, for machines that have more to do
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NO_CHROMIUM = "no Chromium on this machine (Debian: apt-get install chromium)"
 
@@ -117,7 +118,7 @@ class Visit:
 
     def shows(self, selector: str, text: str) -> None:
         """Wait for an element to show a text: the page fills its parts when their answers come, not all at once."""
-        expect(self.page.locator(selector)).to_contain_text(text, timeout=20_000)
+        expect(self.page.locator(selector)).to_contain_text(text)
 
     def becomes(self, found: Callable[[], object]) -> None:
         """Wait for what is found of the page to become true."""

@@ -129,7 +129,7 @@ def test_a_service_that_holds_no_embeddings(visit: Open, tmp_path: Path) -> None
         embeds, questions = requests_to(v, "/embed"), requests_to(v, "/segment")
         v.sample()
         v.page.mouse.click(*v.place(*ON))
-        expect(v.page.locator("#panel-a .figures")).to_contain_text("pixels", timeout=20_000)
+        expect(v.page.locator("#panel-a .figures")).to_contain_text("pixels")
         expect(v.page.locator("#candidates")).to_be_visible()
         v.page.mouse.click(*v.place(100, 100), button="right")
         expect(v.page.locator("#candidates")).to_be_hidden()
