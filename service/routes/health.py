@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import redis
 from anyio import to_thread
 from fastapi import APIRouter, Query, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from service.deps import State, StateDep
@@ -43,7 +43,7 @@ async def readyz(
     return JSONResponse(report.as_dict(), 200 if getattr(report, need) else 503)
 
 
-@router.get("/metrics", include_in_schema=False)
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(state: StateDep) -> Response:
     """Everything counted, in Prometheus's text format."""
     return Response(await to_thread.run_sync(_metrics, state), media_type=CONTENT_TYPE_LATEST)

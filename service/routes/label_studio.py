@@ -9,7 +9,7 @@ come as data: URIs; the host name and token that ``POST /setup`` brings are not 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from anyio import to_thread
@@ -29,6 +29,7 @@ from service.label_studio.answers import results_of
 from service.label_studio.config import Config, parse
 from service.label_studio.pictures import fetch
 from service.label_studio.regions import WHERE, Drawn, drawn_in
+from service.routes.label_studio_docs import DRAWN, RESULTS
 from service.routes.segment import model_file
 
 router = APIRouter(tags=["label studio"])
@@ -47,7 +48,7 @@ class Context(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    result: list[dict[str, Any]] | None = Field(None, max_length=256)
+    result: Annotated[list[dict[str, Any]] | None, DRAWN] = Field(None, max_length=256)
 
 
 class Parameters(BaseModel):
@@ -71,7 +72,7 @@ class PredictRequest(BaseModel):
 class Prediction(BaseModel):
     """Of one task: brushes or polygons, or nothing where nothing was drawn."""
 
-    result: list[dict[str, Any]]
+    result: Annotated[list[dict[str, Any]], RESULTS]
     score: float
     model_version: str
 
@@ -97,7 +98,8 @@ class SetupResponse(BaseModel):
     model_version: str
 
 
-_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
+def _body(kind: type[BaseModel]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": kind.model_json_schema()}}}}
 
 
 @router.get("/health")
@@ -107,8 +109,8 @@ async def health(state: StateDep, model_id: str | None = None) -> dict[str, str]
     return {"status": "UP", "model_class": await _version(state, model_id) if model_id else "hypersam"}
 
 
-@router.post("/setup", response_model=SetupResponse, openapi_extra=_BODY)
-@router.post("/label-studio/{model_id}/setup", response_model=SetupResponse, openapi_extra=_BODY)
+@router.post("/setup", response_model=SetupResponse, openapi_extra=_body(SetupRequest))
+@router.post("/label-studio/{model_id}/setup", response_model=SetupResponse, openapi_extra=_body(SetupRequest))
 async def setup(request: Request, state: StateDep, model_id: str | None = None) -> SetupResponse:
     """Tell which model answers, if the project's labelling configuration has a tag that takes masks."""
     asked = validated(SetupRequest, await read_json(request, state.settings))
@@ -116,8 +118,8 @@ async def setup(request: Request, state: StateDep, model_id: str | None = None) 
     return SetupResponse(model_version=await _version(state, model_id))
 
 
-@router.post("/predict", response_model=PredictResponse, openapi_extra=_BODY)
-@router.post("/label-studio/{model_id}/predict", response_model=PredictResponse, openapi_extra=_BODY)
+@router.post("/predict", response_model=PredictResponse, openapi_extra=_body(PredictRequest))
+@router.post("/label-studio/{model_id}/predict", response_model=PredictResponse, openapi_extra=_body(PredictRequest))
 async def predict(request: Request, state: StateDep, model_id: str | None = None) -> PredictResponse:
     """Return a brush, or polygons, for what the annotator has drawn on each task's picture."""
     state.engine.check_room()

@@ -5,13 +5,45 @@ from __future__ import annotations
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
 
 from hypersam.errors import UnknownModel
 from hypersam.store import ModelRecord
 from service.deps import State, StateDep
+from service.errors import RequestError, problem
 from service.schemas import Model, Models
 
 router = APIRouter(prefix="/models", tags=["models"])
+_BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
+
+
+class ArtifactFile(FileResponse):
+    """A file, or the parts that Range asks for. A range that it has not is refused as all else is, and not in plain
+    text, which is the framework's way."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        refusal: Message | None = None
+
+        async def pass_on(message: Message) -> None:
+            nonlocal refusal
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                refusal = message
+            if refusal is None:
+                await send(message)
+
+        await super().__call__(scope, receive, pass_on)
+        if refusal is None:
+            return
+        if refusal["status"] == 416:
+            size = Headers(raw=refusal["headers"])["content-range"]
+            answer = problem(
+                416, "range_not_satisfiable", "the file ends before this range", headers={"Content-Range": size}
+            )
+        else:
+            answer = problem(refusal["status"], RequestError.code, "Range names no bytes, as in bytes=0-99")
+        await answer(scope, receive, send)
 
 
 @router.get("", response_model=Models)
@@ -31,8 +63,11 @@ async def get_model(model_id: str, state: StateDep) -> Model:
     "/{model_id}/artifact",
     response_class=FileResponse,
     responses={
-        200: {"content": {"application/octet-stream": {}}},
-        206: {"description": "the part that Range asked for"},
+        200: {"content": _BYTES},
+        206: {
+            "description": "the part that Range asked for, or several",
+            "content": {**_BYTES, "multipart/byteranges": {"schema": {"type": "string", "format": "binary"}}},
+        },
         304: {"description": "the artifact is the one that If-None-Match names"},
     },
 )
@@ -46,7 +81,7 @@ async def get_artifact(model_id: str, request: Request, state: StateDep) -> Resp
     path = await to_thread.run_sync(state.store.artifact, record)
     if not path.is_file():
         raise UnknownModel(f"the artifact of {model_id!r} is gone from the data folder")
-    return FileResponse(
+    return ArtifactFile(
         path,
         media_type="application/octet-stream",
         filename=f"{record.name}.hsam",
@@ -54,7 +89,7 @@ async def get_artifact(model_id: str, request: Request, state: StateDep) -> Resp
     )
 
 
-@router.delete("/{model_id}", status_code=204)
+@router.delete("/{model_id}", status_code=204, response_class=Response)
 async def delete_model(model_id: str, state: StateDep) -> None:
     """Forget a model; its artifact goes unless another name stands for it."""
     record = await to_thread.run_sync(state.store.remove, model_id)
