@@ -32,7 +32,7 @@ _KINDS = f"send multipart/form-data, application/json or, without a picture, {PL
 _AT_ONCE = 16 << 10  # bytes of JSON that are read in less time than a thread takes to wake
 _PROMPT_FIELDS = ("points", "point_coords", "point_labels", "labels", "box", "bbox", "mask_input", "prompts")
 SEGMENT_FIELDS = frozenset({"model", "image_id", "multimask", "multimask_output", "format", *_PROMPT_FIELDS})
-_FLAGS = {
+FLAGS = {
     "true": True, "1": True, "yes": True, "on": True,
     "false": False, "0": False, "no": False, "off": False,
 }  # fmt: skip
@@ -212,7 +212,7 @@ def _of_form(fields: Mapping[str, str], image: bytes | None, settings: Settings)
     values: dict[str, Any] = {name: value for name, value in fields.items() if name not in _PROMPT_FIELDS}
     for name in ("multimask", "multimask_output"):
         if name in values:
-            values[name] = _FLAGS.get(values[name].lower())
+            values[name] = FLAGS.get(values[name].lower())
             if values[name] is None:
                 raise RequestError(f"{name} is true or false")
     values |= {name: _json_field(name, fields[name]) for name in _PROMPT_FIELDS if fields.get(name)}

@@ -28,6 +28,7 @@ MaskInput = Annotated[
     Annotated[Logits, Tag("rows")] | Annotated[str, Field(max_length=12 << 20), Tag("npy")],
     Discriminator(lambda given: "npy" if isinstance(given, str) else "rows"),
 ]
+OneOfLogits = Annotated[list[Logits], Field(min_length=1, max_length=1)]  # (1, s, s)
 Label = Annotated[int, Field(ge=-1, le=3)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -47,6 +48,26 @@ class Strict(BaseModel):
     """Refuses what it does not know, so that a misspelt field is an error and not a surprise."""
 
     model_config = ConfigDict(extra="forbid", populate_by_name=True)
+
+
+def other_names(model: type[BaseModel]) -> dict[str, str]:
+    """The names that a request may have instead of fields' own: to each the field's."""
+    return {
+        str(choice): name
+        for name, field in model.model_fields.items()
+        if isinstance(field.validation_alias, AliasChoices)
+        for choice in field.validation_alias.choices
+        if choice != name
+    }
+
+
+def _describe_other_names(schema: dict[str, Any], model: type[BaseModel]) -> None:
+    """Say in the schema what validation takes: pydantic describes a field by the first of its names alone."""
+    fields = schema["properties"]
+    for other, name in other_names(model).items():
+        fields[other] = {key: value for key, value in fields[name].items() if key not in ("title", "default")}
+        fields[other]["description"] = f"the same as {name}, which is then left out"
+        schema.setdefault("allOf", []).append({"not": {"required": [name, other]}})
 
 
 class Source(Strict):
@@ -234,6 +255,8 @@ class PromptBody(Strict):
     The second names are those that other servers' clients send.
     """
 
+    model_config = ConfigDict(json_schema_extra=_describe_other_names)
+
     points: Pairs = Field(
         default_factory=list,
         description="[[x, y], …]; also as point_coords",
@@ -255,7 +278,7 @@ class PromptBody(Strict):
         "(1, s, s), as SAM's predictor takes it, is the same as (s, s)",
     )
 
-    @field_validator("mask_input", mode="before")
+    @field_validator("mask_input", mode="before", json_schema_input_type=MaskInput | OneOfLogits | None)
     @classmethod
     def _of_one(cls, given: Any) -> Any:
         if isinstance(given, list) and len(given) == 1 and isinstance(given[0], list):

@@ -21,6 +21,7 @@ from hypersam.store import NAME
 from service.deps import State, StateDep
 from service.errors import RequestError, UnsupportedMedia
 from service.multipart import Form, media_type, read_body, read_form
+from service.routes.segment_docs import form_of
 from service.schemas import CompressFields, CompressRequest, Job
 from service.uploads import UploadSink
 
@@ -36,10 +37,8 @@ _BODY = {
         "required": True,
         "content": {
             "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file"],
-                    "properties": {
+                "schema": form_of(
+                    {
                         "file": {
                             "type": "string", "format": "binary", "description": ".pth, .pt or .safetensors",
                         },
@@ -50,7 +49,8 @@ _BODY = {
                         **_form_schema["properties"],
                         "options": {"type": "string", "description": "the codec's options, a JSON object"},
                     },
-                }
+                    "file",
+                )
             },
             "application/json": {"schema": CompressRequest.model_json_schema()},
         },
