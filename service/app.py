@@ -72,6 +72,8 @@ def create_app(settings: Settings) -> FastAPI:
         title="hypersam",
         version=_version(),
         description=_DESCRIPTION,
+        docs_url=None,  # the framework's own pages load scripts from other hosts; service.page has one that does not
+        redoc_url=None,
         lifespan=lifespan,
         responses={status: {"model": Problem, "headers": _LATER} for status in ("4XX", "5XX")},
     )

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 _UNREAD = {"Connection": "close"}  # the body, which may be gigabytes, is not read
 
-OPEN = frozenset({"/", "/healthz", "/health", "/readyz", "/docs", "/docs/oauth2-redirect", "/openapi.json"})
+OPEN = frozenset({"/", "/healthz", "/health", "/readyz", "/docs", "/openapi.json"})
 # The first row that fits decides: methods ("*" any), beginning of the path, scopes of which one is enough.
 RULES: Sequence[tuple[str, str, tuple[str, ...]]] = (
     ("POST", "/segment", ("segment",)),

@@ -52,12 +52,16 @@ class PageFiles(StaticFiles):
 
 
 def install(app: FastAPI) -> None:
-    """Serve the page at ``/`` and its parts below ``/static``."""
+    """Serve the page at ``/``, the interface's description at ``/docs``, and their parts below ``/static``."""
     files = PageFiles(directory=STATIC)
 
     @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def page(request: Request) -> Response:
         return await files.get_response("index.html", request.scope)
+
+    @app.api_route("/docs", methods=["GET", "HEAD"], include_in_schema=False)
+    async def docs(request: Request) -> Response:
+        return await files.get_response("docs.html", request.scope)
 
     app.mount("/static/assets", PageFiles(directory=CARRIED))
     app.mount("/static", files)
