@@ -173,6 +173,15 @@ def test_mistakes_are_one_line_with_a_code(
     assert sorted(p.name for p in folder.iterdir()) == before
 
 
+def test_the_package_can_be_run_as_the_command_is() -> None:
+    done = subprocess.run([sys.executable, "-m", "hypersam", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == run("--version").stdout
+    wrong = subprocess.run(
+        [sys.executable, "-m", "hypersam", "inspect", "none.pth", "--json"], capture_output=True, text=True, check=False
+    )
+    assert (wrong.returncode, json.loads(wrong.stdout)["error"]["code"]) == (1, "not_a_checkpoint")
+
+
 def test_help_and_version_answer_without_torch() -> None:
     assert "compress" in run("--help").stdout
     assert run("--version").stdout.startswith("hypersam ")
