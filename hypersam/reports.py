@@ -13,6 +13,7 @@ from torch import Tensor
 from hypersam.checkpoint import sha256_of
 from hypersam.encoding import EncodedTensor, sqnr_db, stream_bytes
 from hypersam.errors import artifact_errors
+from hypersam.sam.detect import doubts_of
 from hypersam.sam.families import FAMILIES
 from kernels import artifact as artifact_format
 from kernels.codec import BirkhoffTensor, Encoded, LatticeTensor, OrbitTensor, RawTensor
@@ -47,6 +48,7 @@ class CompressReport:
     share of the values that were. ``resident_bytes``: of all tensors once loaded. ``seconds`` is everything,
     ``stage_seconds`` its parts; ``measuring`` and ``comparing`` are what sensitivities and fidelity took.
     ``fidelity``: see ``hypersam.fidelity``; None where it was not asked for. ``notices``: what is odd about the source.
+    ``decided_by``: what told ``variant`` from the other ``candidates``, see ``hypersam.sam.detect``.
     """
 
     codec: str
@@ -55,6 +57,7 @@ class CompressReport:
     family: str
     variant: str
     candidates: tuple[str, ...]
+    decided_by: str
     parameters: int
     encoded_share: float
     ratio: float
@@ -91,6 +94,7 @@ class PlanReport:
     family: str
     variant: str
     candidates: tuple[str, ...]
+    decided_by: str
     parameters: int
     ratio: float
     fp32_ratio: float
@@ -187,6 +191,11 @@ def describe_artifact(path: Path) -> dict[str, Any]:
         # Inspecting is for models of unknown families too.
         family = next((f for f in FAMILIES if f.id == artifact.model.get("family")), None)
         needed = [e for name, e in encoded.items() if not (family and family.carries(name))]
+        variant, candidates = artifact.model.get("variant"), artifact.model.get("candidates")
+        decided_by = artifact.model.get("decided_by", "")
+        # An artifact may come from anywhere, and say anything.
+        names = tuple(map(str, candidates)) if isinstance(candidates, list) else ()
+        doubts = doubts_of(str(variant), names, str(decided_by))
         nothing: list[Any] = [None] * len(encoded)
         ratios, moves = report.get("tensor_sqnr_db", nothing), report.get("tensor_sensitivity", nothing)
         tensors = [asdict(tensor_report(name, e, sqnr, move))
@@ -195,8 +204,8 @@ def describe_artifact(path: Path) -> dict[str, Any]:
                    else 4 * math.prod(e.shape) for e in encoded.values())  # fmt: skip
         return {
             "kind": "artifact", "format_version": artifact_format.FORMAT_VERSION,
-            "family": artifact.model.get("family"), "variant": artifact.model.get("variant"),
-            "candidates": artifact.model.get("candidates"),
+            "family": artifact.model.get("family"), "variant": variant,
+            "candidates": candidates, "decided_by": decided_by, "notices": list(doubts),
             "codec": artifact.codec.get("name"), "codec_version": artifact.codec.get("version"),
             "options": artifact.codec.get("options"),
             "parameters": sum(math.prod(t["shape"]) for t in tensors), "bytes": size,

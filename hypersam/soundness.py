@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import Tensor
 
 from hypersam.errors import NotFinite
+from hypersam.sam.detect import Detected
 
 _PIECE = 1 << 22
 _SHOWN = 5
@@ -34,10 +35,10 @@ def check_measurable(names: tuple[str, ...], *, measured: bool) -> None:
         )
 
 
-def notices_of(tensors: Mapping[str, Tensor], odd: tuple[str, ...]) -> tuple[str, ...]:
-    """What a report says of tensors that are stored as they are for what they hold."""
+def notices_of(tensors: Mapping[str, Tensor], odd: tuple[str, ...], detected: Detected) -> tuple[str, ...]:
+    """What a report says of a variant that is a guess, and of tensors stored as they are for what they hold."""
     whole = tuple(name for name, tensor in tensors.items() if not tensor.is_floating_point())
-    found = []
+    found = list(detected.doubts)
     if odd:
         found.append(f"NaN or infinity, stored as they are: {some(odd)}")
     if whole:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, field_validator
@@ -164,8 +165,9 @@ class Job(BaseModel):
 
     @classmethod
     def of(cls, view: JobView) -> Job:
-        """Make one from what the board tells."""
-        return cls.model_validate(view, from_attributes=True)
+        """Make one from what the board tells. Results of older versions do not say what decided about the variant."""
+        result = None if view.result is None else {"decided_by": "", **view.result}
+        return cls.model_validate(replace(view, result=result), from_attributes=True)
 
 
 class Jobs(BaseModel):
@@ -187,7 +189,10 @@ class Model(BaseModel):
     @classmethod
     def of(cls, record: ModelRecord, *, tensors: bool) -> Model:
         """Make one from the store's record; ``tensors`` keeps the error of each tensor."""
-        report = {key: value for key, value in record.report.items() if tensors or key != "tensors"}
+        # Registrations of older versions do not say what decided about the variant.
+        report = {"decided_by": "", **record.report}
+        if not tensors:
+            report.pop("tensors", None)
         return cls(
             id=record.name,
             artifact_sha256=record.digest,

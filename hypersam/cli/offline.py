@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from hypersam.engine import Prompt, check_prompts, check_suits, predict
 from hypersam.errors import InvalidOption, NotACheckpoint, PromptError, artifact_errors
 from hypersam.images import decode_image
 from hypersam.loading import is_artifact, load_model
-from hypersam.reports import describe_artifact
+from hypersam.reports import CompressReport, PlanReport, describe_artifact
 from hypersam.sam.detect import detect
 
 _screen = Console(stderr=True)
@@ -48,7 +48,7 @@ def run_compress(
         print_json(report.as_dict())
         return
     table = Table(show_header=False, box=None)
-    table.add_row("model", f"{report.variant}, {report.parameters / 1e6:.2f} M parameters")
+    table.add_row("model", _model(report))
     sizes = f"{report.source_bytes / 1e6:.2f} MB → {report.artifact_bytes / 1e6:.2f} MB"
     table.add_row("size", f"{sizes}, {report.ratio:.2f} times smaller ({report.fp32_ratio:.3f} than as fp32)")
     table.add_row("in memory", f"{report.resident_bytes / 1e6:.2f} MB")
@@ -60,6 +60,7 @@ def run_compress(
     table.add_row("time", _times(report.seconds, report.stage_seconds))
     table.add_row("sha256", report.artifact_sha256)
     Console().print(table)
+    _print_notices(report.notices)
 
 
 def run_plan(
@@ -81,13 +82,24 @@ def run_plan(
         listing.add_row(t.name, "×".join(map(str, t.shape)), t.encoding, *figures)
     Console().print(listing)
     table = Table(show_header=False, box=None)
-    table.add_row("model", f"{report.variant}, {report.parameters / 1e6:.2f} M parameters")
+    table.add_row("model", _model(report))
     sizes = f"{report.source_bytes / 1e6:.2f} MB → about {report.artifact_bytes / 1e6:.2f} MB"
     table.add_row("size", f"{sizes}, {report.ratio:.2f} times smaller ({report.fp32_ratio:.3f} than as fp32)")
     if report.sqnr_db is not None:
         table.add_row("SQNR", f"{report.sqnr_db:.2f} dB")
     table.add_row("time", _times(report.seconds, report.stage_seconds))
     Console().print(table)
+    _print_notices(report.notices)
+
+
+def _model(report: CompressReport | PlanReport) -> str:
+    by = "" if report.decided_by == "shapes" else f" (decided by {report.decided_by})"
+    return f"{report.variant}{by}, {report.parameters / 1e6:.2f} M parameters"
+
+
+def _print_notices(notices: Iterable[str]) -> None:
+    for notice in notices:
+        Console().print(f"note: {notice}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _times(seconds: float, stages: Mapping[str, float]) -> str:
@@ -140,9 +152,10 @@ def run_inspect(file: Path, tensors: bool, report: bool, plot: Path | None, as_j
         return
     table = Table(show_header=False, box=None)
     for name, value in found.items():
-        if name not in ("tensors", "config", "fidelity") and value is not None:
+        if name not in ("tensors", "config", "fidelity", "notices") and value is not None:
             table.add_row(name, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
     Console().print(table)
+    _print_notices(found["notices"])
     if tensors:
         listing = Table(*found["tensors"][0])
         for row in found["tensors"]:
@@ -174,7 +187,7 @@ def describe(file: Path) -> dict[str, Any]:
     return {
         "kind": "checkpoint", "family": detected.family, "variant": detected.variant,
         "candidates": list(detected.candidates), "decided_by": detected.decided_by,
-        "parameters": checkpoint.parameters, "bytes": size,
+        "notices": list(detected.doubts), "parameters": checkpoint.parameters, "bytes": size,
         "sha256": sha256, "container": checkpoint.container, "wrapper": checkpoint.wrapper,
         "prefix": checkpoint.prefix, "config": detected.config.as_dict(),
         "ratio": 1.0, "bits_per_weight": 8 * size / checkpoint.parameters,

@@ -88,7 +88,8 @@ def compress(
     source_bytes = job.source.bytes
     return CompressReport(
         codec=codec, codec_version=CODEC_VERSION, options=checked, family=job.detected.family,
-        variant=job.detected.variant, candidates=job.detected.candidates, parameters=job.checkpoint.parameters,
+        variant=job.detected.variant, candidates=job.detected.candidates, decided_by=job.detected.decided_by,
+        parameters=job.checkpoint.parameters,
         ratio=source_bytes / artifact_bytes, fp32_ratio=full / artifact_bytes, sqnr_db=sqnr_db(found.values()),
         seconds=time.perf_counter() - began, stage_seconds=job.seconds, source_bytes=source_bytes, fp32_bytes=full,
         artifact_bytes=artifact_bytes,
@@ -97,7 +98,7 @@ def compress(
             for name, e in encoded.items() if not job.detected.described.carries(name)
         ),
         source_sha256=job.sha256, artifact_sha256=artifact_sha256, fidelity=compared,
-        notices=notices_of(job.tensors, job.odd), **sizes(encoded, artifact_bytes),
+        notices=notices_of(job.tensors, job.odd, job.detected), **sizes(encoded, artifact_bytes),
         tensors=tuple(
             tensor_report(name, t.encoded, t.sqnr_db, moves.get(name)) for name, t in found.items()
         ),
@@ -145,12 +146,13 @@ def plan(
         rows.append(TensorReport(name, tuple(tensor.shape), encoding, bits, sqnr, error, moves.get(name), None))
     return PlanReport(
         codec=codec, codec_version=CODEC_VERSION, options=checked, family=job.detected.family,
-        variant=job.detected.variant, candidates=job.detected.candidates, parameters=job.checkpoint.parameters,
+        variant=job.detected.variant, candidates=job.detected.candidates, decided_by=job.detected.decided_by,
+        parameters=job.checkpoint.parameters,
         ratio=source_bytes / nbytes, fp32_ratio=full / nbytes,
         sqnr_db=decibels(math.fsum(energy.values()), math.fsum(made.squared_error.values())),
         seconds=time.perf_counter() - began, stage_seconds=job.seconds, source_bytes=source_bytes, fp32_bytes=full,
         artifact_bytes=nbytes, source_sha256=job.sha256,
-        notices=notices_of(job.tensors, job.odd), tensors=tuple(rows),
+        notices=notices_of(job.tensors, job.odd, job.detected), tensors=tuple(rows),
     )  # fmt: skip
 
 

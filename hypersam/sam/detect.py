@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -14,7 +13,7 @@ from hypersam.sam import registry
 from hypersam.sam.families import FAMILIES, family_of
 from hypersam.sam.family import Family
 from hypersam.sam.network import Config
-from hypersam.sam.registry import VARIANTS, known_variants
+from hypersam.sam.registry import VARIANTS, known_variants, named_by
 
 _SHOWN = 8
 
@@ -38,6 +37,11 @@ class Detected:
         """What its family is made of."""
         return family_of(self.family)
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What a report says where nothing decided; else nothing."""
+        return doubts_of(self.variant, self.candidates, self.decided_by)
+
     def told(self, *, sha256: str | None = None, name: str | None = None, two_files: bool = False) -> Detected:
         """The same where the shapes and the caller did not decide: by its coming as two files, by the hash of the file,
         or else by its name."""
@@ -49,10 +53,7 @@ class Detected:
         for row in rows:
             if sha256 is not None and row.sha256 == sha256:
                 return replace(self, variant=row.id, decided_by="sha256")
-        plain = re.sub(r"[^a-z0-9]", "", (name or "").lower())
-        named = [row for row in rows if any(part in plain for part in row.names)]
-        # The longest name wins: edge_sam_3x also contains edge_sam.
-        named.sort(key=lambda row: -max(len(part) for part in row.names if part in plain))
+        named = [row for row in named_by(name or "") if row.id in self.candidates]
         return replace(self, variant=named[0].id, decided_by="name") if named else self
 
 
@@ -84,6 +85,19 @@ def detect(tensors: Mapping[str, Tensor], *, variant: str | None = None, name: s
         return Detected(family.id, variant, candidates, "caller", config)
     decided: DecidedBy = "shapes" if len(candidates) == 1 else "order"
     return Detected(family.id, candidates[0], candidates, decided, config).told(name=name)
+
+
+def doubts_of(variant: str, candidates: tuple[str, ...], decided_by: str) -> tuple[str, ...]:
+    """What to say of a variant that was taken because it is the first of its ``candidates``; else nothing."""
+    others = [name for name in candidates if name != variant]
+    if decided_by != "order" or not others:
+        return ()
+    files = [row.file for row in VARIANTS if row.id in candidates]
+    return (
+        f"the variant {variant} is a guess: by its shapes the checkpoint may as well be {' or '.join(others)}, and "
+        f"neither its hash nor its file's name tells; say which with variant (--variant {others[0]}), or give the file "
+        f"the name under which it is published ({', '.join(files)})",
+    )
 
 
 def _half(tensors: Mapping[str, Tensor]) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 
@@ -225,3 +226,11 @@ def known_variants() -> tuple[str, ...]:
 def family_row(family: str) -> FamilyRow:
     """A family's row. Raises KeyError."""
     return {row.id: row for row in FAMILIES}[family]
+def named_by(file_name: str) -> tuple[Variant, ...]:
+    """The variants that a file's name may mean, the likeliest first: edge_sam_3x also contains edge_sam, so the longest
+    part of a name wins."""
+    plain = re.sub(r"[^a-z0-9]", "", file_name.lower())
+    found = [(max(map(len, parts)), row) for row in VARIANTS if (parts := [p for p in row.names if p in plain])]
+    return tuple(row for _, row in sorted(found, key=lambda each: -each[0]))
+
+
