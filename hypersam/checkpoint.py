@@ -64,16 +64,17 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Source:
-    """The file, or the two files, of a model; ``decoder`` and ``file_name`` as ``compress`` takes them."""
+    """The file, or the two files, of a model; all but ``path`` as ``compress`` takes them."""
 
     path: Path
     decoder: Path | str | None = None
     file_name: str | None = None
+    decoder_name: str | None = None
 
     @property
     def name(self) -> str:
-        """What the first file is called."""
-        return self.file_name or self.path.name
+        """What the first file is called, fit for messages."""
+        return _printable(self.file_name or self.path.name)
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -87,17 +88,18 @@ class Source:
 
     def read(self) -> Checkpoint:
         """See ``read_checkpoint``."""
-        return read_checkpoint(self.path, self.decoder)
+        return read_checkpoint(self.path, self.decoder, name=self.file_name, decoder_name=self.decoder_name)
 
 
-def container_of(path: Path) -> str:
+def container_of(path: Path, name: str | None = None) -> str:
     """``zip``, ``legacy`` or ``safetensors``, told from the first bytes alone.
 
-    Raises EmptyCheckpoint or NotACheckpoint.
+    ``name``: what messages call the file, if not as its path does. Raises EmptyCheckpoint or NotACheckpoint.
     """
+    name = name or path.name
     size = path.stat().st_size
     if size == 0:
-        raise EmptyCheckpoint(f"{path.name} is empty; a SAM checkpoint (.pth, .pt, .safetensors) was expected")
+        raise EmptyCheckpoint(f"{name} is empty; a SAM checkpoint (.pth, .pt, .safetensors) was expected")
     with path.open("rb") as file:
         head = file.read(16)
     if head.startswith(b"PK\x03\x04"):
@@ -107,7 +109,7 @@ def container_of(path: Path) -> str:
     if head[: len(_LEGACY_MAGIC)] == _LEGACY_MAGIC or head[:1] == b"\x80":
         return "legacy"
     raise NotACheckpoint(
-        f"{path.name} is not a checkpoint: it begins with {head[:8]!r}, which is neither a PyTorch archive "
+        f"{name} is not a checkpoint: it begins with {head[:8]!r}, which is neither a PyTorch archive "
         "(.pth, .pt) nor a safetensors file"
     )
 
@@ -125,40 +127,50 @@ def sha256_of(path: Path, progress: Callable[[int], None] | None = None) -> str:
     return digest.hexdigest()
 
 
-def read_checkpoint(path: Path | str, decoder: Path | str | None = None) -> Checkpoint:
+def read_checkpoint(
+    path: Path | str, decoder: Path | str | None = None, *, name: str | None = None, decoder_name: str | None = None
+) -> Checkpoint:
     """Read the state dict in a file, or in two: an image encoder, with or without its prefix, and ``decoder``, the
-    prompt encoder and mask decoder that go with it, as MobileSAMv2 is published.
+    prompt encoder and mask decoder that go with it, as MobileSAMv2 is published. ``name`` and ``decoder_name``: what
+    messages call the files where their paths do not say.
 
     Raises CheckpointError in one of its kinds: empty, not a checkpoint or damaged, a pickle that asks for
     more than tensors, or one whose content is no state dict.
     """
-    if decoder is not None:
-        return _joined(read_checkpoint(path), read_checkpoint(decoder))
     path = Path(path)
+    name = _printable(name or path.name)
+    if decoder is not None:
+        second = _printable(decoder_name or Path(decoder).name)
+        return _joined(read_checkpoint(path, name=name), name, read_checkpoint(decoder, name=second), second)
     if not path.is_file():
         raise NotACheckpoint(f"there is no file {path}")
-    container = container_of(path)
+    container = container_of(path, name)
     pickled: Pickled | None = None
     if container == "safetensors":
-        content: Any = read_safetensors(path)
+        content: Any = read_safetensors(path, name)
     else:
-        pickled = read_zip(path) if container == "zip" else read_legacy(path)
+        pickled = read_zip(path, name) if container == "zip" else read_legacy(path, name)
         content = pickled.content
-    wrapper, state = _unwrap(content, path.name)
-    tensors = _checked(state if pickled is None else tensors_of(pickled, state), path.name)
+    wrapper, state = _unwrap(content, name)
+    tensors = _checked(state if pickled is None else tensors_of(pickled, state), name)
     prefix = "module." if all(key.startswith("module.") for key in tensors) else ""
     return Checkpoint(path, {key[len(prefix) :]: value for key, value in tensors.items()}, container, wrapper, prefix)
 
 
-def _joined(encoder: Checkpoint, decoder: Checkpoint) -> Checkpoint:
+def _printable(name: str) -> str:
+    """A file's name in a message: whoever uploads a file chooses it."""
+    return "".join(each if each.isprintable() else "?" for each in name[:MAX_KEY])
+
+
+def _joined(encoder: Checkpoint, encoder_name: str, decoder: Checkpoint, decoder_name: str) -> Checkpoint:
     starts = tuple(_DECODER_PARTS.values())
     if strange := [key for key in decoder.tensors if not key.startswith(starts)]:
         raise CheckpointError(
-            f"{decoder.path.name} is no decoder: {strange[0]!r} belongs to none; a prompt encoder and a mask decoder "
+            f"{decoder_name} is no decoder: {strange[0]!r} belongs to none; a prompt encoder and a mask decoder "
             f"({', '.join(sorted(set(starts)))}) were expected"
         )
     if any(key.startswith(starts) for key in encoder.tensors):
-        raise CheckpointError(f"{encoder.path.name} has a decoder of its own; send it without another")
+        raise CheckpointError(f"{encoder_name} has a decoder of its own; send it without another")
     # Where some keys have the prefix and some do not, they stay as they are, for the layout's check to name them.
     prefixed = any(key.startswith(_ENCODER) for key in encoder.tensors)
     whole = {key if prefixed else _ENCODER + key: value for key, value in encoder.tensors.items()}

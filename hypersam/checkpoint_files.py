@@ -50,9 +50,11 @@ class _Archive(io.BufferedReader):
 
 @dataclass(frozen=True)
 class Pickled:
-    """What a pickle describes, and the bytes (first, length) of each storage it names."""
+    """What a pickle describes, and the bytes (first, length) of each storage it names; ``name`` is the file's, for
+    messages."""
 
     path: Path
+    name: str
     content: Any
     spans: Mapping[str, tuple[int, int]]
 
@@ -60,22 +62,22 @@ class Pickled:
 # --- PyTorch's zip files ------------------------------------------------------------------------------------
 
 
-def read_zip(path: Path) -> Pickled:
+def read_zip(path: Path, name: str) -> Pickled:
     """The pickle of an archive of ``torch.save`` and where its storages are. Raises CheckpointError's kinds."""
     try:
         with _Archive(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:
-            _check_no_program(archive, path.name)
-            spans = _member_spans(archive, file, path.name)
-            root = _root_of(archive, path.name)
+            _check_no_program(archive, name)
+            spans = _member_spans(archive, file, name)
+            root = _root_of(archive, name)
             pickled = archive.read(f"{root}data.pkl")
             order = f"{root}byteorder"
             if order in spans and spans[order][1] < 16 and archive.read(order) != b"little":
-                raise NotACheckpoint(f"{path.name} is of a big-endian machine; little-endian ones are read")
+                raise NotACheckpoint(f"{name} is of a big-endian machine; little-endian ones are read")
     except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError, EOFError) as error:
-        raise NotACheckpoint(f"{path.name} is a truncated or damaged archive: {error}") from error
+        raise NotACheckpoint(f"{name} is a truncated or damaged archive: {error}") from error
     start = f"{root}data/"
-    storages = {name.removeprefix(start): span for name, span in spans.items() if name.startswith(start)}
-    return Pickled(path, read_pickle(io.BytesIO(pickled), path.name), storages)
+    storages = {member.removeprefix(start): span for member, span in spans.items() if member.startswith(start)}
+    return Pickled(path, name, read_pickle(io.BytesIO(pickled), name), storages)
 
 
 def _check_no_program(archive: zipfile.ZipFile, name: str) -> None:
@@ -130,26 +132,26 @@ def _root_of(archive: zipfile.ZipFile, name: str) -> str:
 # --- PyTorch's legacy files ---------------------------------------------------------------------------------
 
 
-def read_legacy(path: Path) -> Pickled:
+def read_legacy(path: Path, name: str) -> Pickled:
     """The same of a file as ``torch.save`` wrote them before 1.6: five pickles, then the storages one after another."""
     size = path.stat().st_size
     with path.open("rb") as file:
         head = io.BytesIO(file.read(MAX_PICKLE_BYTES))
-        numbers = [read_pickle(head, path.name)]
+        numbers = [read_pickle(head, name)]
         if numbers[0] != _LEGACY_NUMBERS[0]:
-            raise NotACheckpoint(f"{path.name} is a bare pickle; torch.save makes a checkpoint of a state dict")
-        numbers.append(read_pickle(head, path.name))
-        machine = read_pickle(head, path.name)
+            raise NotACheckpoint(f"{name} is a bare pickle; torch.save makes a checkpoint of a state dict")
+        numbers.append(read_pickle(head, name))
+        machine = read_pickle(head, name)
         if (
             numbers[1] != _LEGACY_NUMBERS[1]
             or not isinstance(machine, dict)
             or machine.get("little_endian") is not True
         ):
-            raise NotACheckpoint(f"{path.name} is of an unknown version or of a big-endian machine")
-        content = read_pickle(head, path.name)
-        keys = read_pickle(head, path.name)
+            raise NotACheckpoint(f"{name} is of an unknown version or of a big-endian machine")
+        content = read_pickle(head, name)
+        keys = read_pickle(head, name)
         if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
-            raise NotACheckpoint(f"{path.name} is truncated or damaged: it does not list its storages")
+            raise NotACheckpoint(f"{name} is truncated or damaged: it does not list its storages")
         itemsizes = _itemsizes(content)
         spans: dict[str, tuple[int, int]] = {}
         place = head.tell()
@@ -159,12 +161,12 @@ def read_legacy(path: Path) -> Pickled:
             count = int.from_bytes(raw, "little")
             first, length = place + 8, count * itemsizes.get(key, 1)
             if len(raw) < 8 or first + length > size or key in spans:
-                raise NotACheckpoint(f"{path.name} is truncated or damaged: a storage does not lie within it")
+                raise NotACheckpoint(f"{name} is truncated or damaged: a storage does not lie within it")
             spans[key] = (first, length)
             place = first + length
     if place != size:
-        raise NotACheckpoint(f"{path.name} is damaged: {size - place} bytes follow its last storage")
-    return Pickled(path, content, spans)
+        raise NotACheckpoint(f"{name} is damaged: {size - place} bytes follow its last storage")
+    return Pickled(path, name, content, spans)
 
 
 def _itemsizes(content: Any) -> dict[str, int]:
@@ -191,19 +193,19 @@ def tensors_of(pickled: Pickled, plans: Mapping[str, TensorPlan]) -> dict[str, T
     Raises NotACheckpoint for a tensor that reaches beyond its storage or a storage beyond the file, CheckpointError
     for one whose values overlap and for tensors much larger than their file.
     """
-    path = pickled.path
+    path, name = pickled.path, pickled.name
     size = path.stat().st_size
     total = sum(math.prod(plan.shape) * plan.dtype.itemsize for plan in plans.values())
     if total > MAX_REUSE * size:
         raise CheckpointError(
-            f"the tensors of {path.name} take {_figure(total)} bytes, more than {MAX_REUSE} times the file's {size}"
+            f"the tensors of {name} take {_figure(total)} bytes, more than {MAX_REUSE} times the file's {size}"
         )
     mapped = torch.UntypedStorage.from_file(str(path), False, size)
     pieces: dict[str, torch.UntypedStorage] = {}
     found = {}
     for key, plan in plans.items():
         first, length = _span(pickled, key, plan)
-        _check_window(path.name, key, plan, length)
+        _check_window(name, key, plan, length)
         if 0 in plan.shape:
             found[key] = torch.empty(plan.shape, dtype=plan.dtype)
             continue
@@ -218,11 +220,11 @@ def tensors_of(pickled: Pickled, plans: Mapping[str, TensorPlan]) -> dict[str, T
 def _span(pickled: Pickled, key: str, plan: TensorPlan) -> tuple[int, int]:
     storage = plan.storage
     if storage.key not in pickled.spans:
-        raise NotACheckpoint(f"{pickled.path.name} is truncated or damaged: the values of {key!r} are missing")
+        raise NotACheckpoint(f"{pickled.name} is truncated or damaged: the values of {key!r} are missing")
     first, length = pickled.spans[storage.key]
     if storage.count * storage.dtype.itemsize != length:
         raise NotACheckpoint(
-            f"{pickled.path.name} is damaged: the storage of {key!r} should have "
+            f"{pickled.name} is damaged: the storage of {key!r} should have "
             f"{_figure(storage.count * storage.dtype.itemsize)} bytes and has {length}"
         )
     return first, length
@@ -254,14 +256,14 @@ def _figure(number: int) -> str:
 # --- safetensors --------------------------------------------------------------------------------------------
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
+def read_safetensors(path: Path, name: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file, mapped. Raises NotACheckpoint."""
     try:
         _check_header(path)
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-        raise NotACheckpoint(f"{path.name} is a damaged safetensors file: {ascii(str(error))[1:-1][:300]}") from error
+        raise NotACheckpoint(f"{name} is a damaged safetensors file: {ascii(str(error))[1:-1][:300]}") from error
 
 
 def _check_header(path: Path) -> None:

@@ -70,6 +70,8 @@ class JobSpec:
     file_name: str | None = None
     """What the client calls the checkpoint: a hint where nothing else tells which variant it is."""
 
+    decoder_name: str | None = None
+    """What it calls the second upload, for messages."""
     @property
     def key(self) -> str:
         """32 hexadecimal digits from what decides about the result: the id of the job. A file's name is left out, so

@@ -163,8 +163,8 @@ def _compress(
     with store.work_dir(job_id) as folder:
         target = folder / "model.hsam"
         report = compress(
-            source, target, decoder=decoder, file_name=spec.file_name, codec=spec.codec, variant=spec.variant,
-            options=spec.options, device=settings.device, progress=reporter,
+            source, target, decoder=decoder, file_name=spec.file_name, decoder_name=spec.decoder_name,
+            codec=spec.codec, variant=spec.variant, options=spec.options, device=settings.device, progress=reporter,
         )  # fmt: skip
         return store.register(
             spec.name, target, digest=report.artifact_sha256, request=spec.key, source_sha256=spec.source_sha256,
@@ -177,8 +177,8 @@ def _plan(spec: JobSpec, settings: Settings, store: ArtifactStore, reporter: Job
 
     source, decoder = _uploads(spec, store)
     return plan(
-        source, decoder=decoder, file_name=spec.file_name, codec=spec.codec, variant=spec.variant,
-        options=spec.options, device=settings.device, progress=reporter,
+        source, decoder=decoder, file_name=spec.file_name, decoder_name=spec.decoder_name,
+        codec=spec.codec, variant=spec.variant, options=spec.options, device=settings.device, progress=reporter,
     ).as_dict()  # fmt: skip
 
 

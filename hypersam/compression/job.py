@@ -99,7 +99,7 @@ def open_job(
     tell = progress or (lambda _: None)
     place = resolve_device(device)
     if source.is_file() and is_artifact(source):
-        raise InvalidOption(f"{source.name} is a compressed model already; compress takes a checkpoint")
+        raise InvalidOption(f"{given.name} is a compressed model already; compress takes a checkpoint")
     began = time.perf_counter()
     checkpoint = given.read()
     detected = detect(checkpoint.tensors, variant=variant, name=given.name)

@@ -43,6 +43,7 @@ def compress(
     *,
     decoder: Path | str | None = None,
     file_name: str | None = None,
+    decoder_name: str | None = None,
     codec: str = DEFAULT_CODEC,
     variant: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -52,8 +53,9 @@ def compress(
 ) -> CompressReport:
     """Compress the checkpoint ``source`` into the artifact ``target``.
 
-    ``decoder``: the second file of a model that is published as two, see ``read_checkpoint``. ``file_name``: what the
-    source is called where its path does not say; a name decides between variants that nothing else tells apart.
+    ``decoder``: the second file of a model that is published as two, see ``read_checkpoint``. ``file_name`` and
+    ``decoder_name``: what the files are called where their paths do not say, in messages; the source's also decides
+    between variants that nothing else tells apart.
     ``options``: see ``hypersam.options``: for ``lattice`` and ``orbit`` one of ``preset``, ``target_ratio``,
     ``target_mb`` and ``max_error``, besides ``policy`` and ``fidelity``. ``sensitivities``: of an earlier report of the
     same checkpoint, which saves measuring them again. The artifact appears under its name only
@@ -63,7 +65,7 @@ def compress(
     began = time.perf_counter()
     source, target = Path(source), Path(target)
     checked = check_options(codec, options)
-    given = Source(source, decoder, file_name)
+    given = Source(source, decoder, file_name, decoder_name)
     for file in given.paths:
         if file.exists() and target.exists() and target.samefile(file):
             raise InvalidOption(f"the artifact would replace its source {file.name}; give it another name")
@@ -110,6 +112,7 @@ def plan(
     *,
     decoder: Path | str | None = None,
     file_name: str | None = None,
+    decoder_name: str | None = None,
     codec: str = DEFAULT_CODEC,
     variant: str | None = None,
     options: Mapping[str, Any] | None = None,
@@ -124,7 +127,7 @@ def plan(
     checked = check_options(codec, options)
     if codec == "birkhoff":
         raise InvalidOption("birkhoff decides for each tensor while it encodes; plans are for lattice and orbit")
-    given = Source(Path(source), decoder, file_name)
+    given = Source(Path(source), decoder, file_name, decoder_name)
     job = open_job(given, checked, codec, variant, device, progress)
     moves = _sensitivities(job)
     full, source_bytes = fp32_bytes(job.tensors.values()), job.source.bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -94,9 +94,9 @@ async def _from_form(request: Request, state: State, dry_run: bool) -> JobView:
         sent = [each.writer for each in (sink, second) if each.complete]
         state.metrics.uploaded.inc(sum(writer.bytes for writer in sent))
         fields = _fields_of(form)
-        file_name = PurePath(form.filenames["file"]).name
+        names = {field: PurePath(name).name[:255] for field, name in form.filenames.items()}
         decoder = second.writer.digest if second.complete else None
-        spec = _spec(fields, sink.writer.digest, decoder, file_name, dry_run)
+        spec = _spec(fields, sink.writer.digest, decoder, names, dry_run)
         for writer in sent:  # before the queue is locked: it may take long
             await to_thread.run_sync(writer.stage)
         return await _submit(state, spec, lambda: [writer.commit() for writer in sent])
@@ -120,7 +120,7 @@ async def _from_json(request: Request, state: State, dry_run: bool) -> JobView:
             "held as source.upload"
         )
     digest = source.upload
-    spec = _spec(wanted, digest, source.decoder, "", dry_run)
+    spec = _spec(wanted, digest, source.decoder, {}, dry_run)
 
     def take() -> None:
         for each in spec.uploads:
@@ -146,8 +146,9 @@ def _fields_of(form: Form) -> CompressFields:
         raise RequestValidationError(error.errors()) from error
 
 
-def _spec(fields: CompressFields, digest: str, decoder: str | None, file_name: str, dry_run: bool) -> JobSpec:
-    """Check everything that can be checked before a worker opens the file."""
+def _spec(fields: CompressFields, digest: str, decoder: str | None, names: Mapping[str, str], dry_run: bool) -> JobSpec:
+    """Check everything that can be checked before a worker opens the file. ``names``: what the client calls the files,
+    by form field."""
     given = {name: getattr(fields, name) for name in _NAMED_OPTIONS if getattr(fields, name) is not None}
     if twice := sorted(set(given) & set(fields.options)):
         raise InvalidOption(f"{', '.join(twice)} is given twice, as a field and among the options")
@@ -156,7 +157,7 @@ def _spec(fields: CompressFields, digest: str, decoder: str | None, file_name: s
         raise InvalidOption("birkhoff decides for each tensor while it encodes; plans are for lattice and orbit")
     if fields.variant is not None and fields.variant not in known_variants():
         raise InvalidOption(f"unknown variant {fields.variant[:64]!r}; known: {', '.join(known_variants())}")
-    stem = PurePath(file_name).stem
+    stem = PurePath(names.get("file", "")).stem
     name = fields.name or (stem if NAME.fullmatch(stem) else digest[:12])
     return JobSpec(
         name=name,
@@ -167,5 +168,6 @@ def _spec(fields: CompressFields, digest: str, decoder: str | None, file_name: s
         variant=fields.variant,
         dry_run=dry_run,
         decoder_sha256=decoder,
-        file_name=file_name[:255] or None,
+        file_name=names.get("file") or None,
+        decoder_name=names.get("decoder") or None,
     )

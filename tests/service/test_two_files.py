@@ -33,3 +33,20 @@ def test_uploads_that_are_held_can_be_named(api: Api, tmp_path: Path) -> None:
     digest = hashlib.sha256(encoder.read_bytes()).hexdigest()
     unknown = api.http.post("/compress", json={"source": {"upload": digest, "decoder": "0" * 64}})
     assert_problem(unknown, 404, "unknown_upload")
+
+
+def test_errors_name_the_files_as_the_client_does(api: Api, tmp_path: Path) -> None:
+    encoder, decoder = halves(tmp_path)
+    files = {
+        "file": ("my parts.pt", decoder.read_bytes()),
+        "decoder": ("m\u00e4 encoder\u202e.pt", encoder.read_bytes()),
+    }
+    swapped = api.http.post("/compress", files=files, data={"name": "swapped"}).json()
+    message = api.wait_job(swapped["id"])["error"]["message"]
+    assert message.startswith("m\u00e4 encoder?.pt is no decoder")  # what turns the text around is not repeated
+    # Of a lone file too; the decoder's name decides nothing, so it makes no other job.
+    files["decoder"] = ("other.pt", encoder.read_bytes())
+    assert api.http.post("/compress", files=files, data={"name": "swapped"}).json()["id"] == swapped["id"]
+    broken = encoder.read_bytes().replace(b"data.pkl", b"data.pk_")
+    alone = api.http.post("/compress", files={"file": ("broken.pt", broken)}, data={"name": "broken"}).json()
+    assert api.wait_job(alone["id"])["error"]["message"].startswith("broken.pt is ")
