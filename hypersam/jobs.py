@@ -25,6 +25,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import utcparse
 
 from hypersam.errors import BadSettings, NameTaken, Overloaded, Unavailable, UnknownJob
+from hypersam.sam.registry import VARIANTS, named_by
 from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
 
@@ -69,16 +70,24 @@ class JobSpec:
     """Of the second upload of a model that is published as two files."""
     file_name: str | None = None
     """What the client calls the checkpoint: a hint where nothing else tells which variant it is."""
-
     decoder_name: str | None = None
     """What it calls the second upload, for messages."""
+
     @property
     def key(self) -> str:
-        """32 hexadecimal digits from what decides about the result: the id of the job. A file's name is left out, so
-        that the same file under another name is the same job."""
-        decisive = {k: v for k, v in asdict(self).items() if k != "file_name"}
+        """32 hexadecimal digits from what decides about the result: the id of the job. Of a file's name only what it
+        may decide counts, so that the same file under two names that say nothing is one job."""
+        decisive = {k: v for k, v in asdict(self).items() if k not in ("file_name", "decoder_name")}
+        if named := self._named():
+            decisive["named"] = named
         text = json.dumps(decisive, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def _named(self) -> list[str]:
+        """The variants that the file's name may make of it; none where the caller or the file's hash decides."""
+        if self.variant is not None or any(row.sha256 == self.source_sha256 for row in VARIANTS):
+            return []
+        return [row.id for row in named_by(self.file_name or "")]
 
     @property
     def uploads(self) -> tuple[str, ...]:
@@ -197,8 +206,8 @@ class JobBoard:
         record = self.store.find(spec.name)
         if record is not None and record.request != spec.key:
             raise NameTaken(
-                f"the name {spec.name!r} belongs to a model made from other content or with other "
-                "options; delete that model or choose another name"
+                f"the name {spec.name!r} belongs to a model made from other content, with other options or of a file "
+                "whose name says that it is another variant; delete that model or choose another name"
             )
         claim: Any = self.connection.hget(_NAMES, spec.name)
         if claim is not None and claim.decode() != spec.key and self._active(claim.decode()):
