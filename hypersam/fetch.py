@@ -14,17 +14,23 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import httpx
 
-from hypersam.errors import FetchError, StoreFull, WrongHash
+from hypersam.errors import CheckpointError, EmptyCheckpoint, FetchError, NotACheckpoint, StoreFull, WrongHash
 
 _TIMEOUT = httpx.Timeout(60, connect=20)
 _TRIES = 5
 _PATIENCE = 1.0
 """Seconds before the second try; twice as many before each that follows without a byte in between."""
+_LONGEST_PAUSE = 120.0
+"""Seconds that a busy server may ask to be waited for; who asks for more is not asked again."""
+_BUSY = (429, 500, 502, 503, 504)
+"""Answers that another try may change."""
 
 Progress = Callable[[int, int | None], None]
 
@@ -32,13 +38,15 @@ Progress = Callable[[int, int | None], None]
 @dataclass(frozen=True)
 class Fetched:
     """A file that is there. ``received``: bytes that came over the network, 0 where it was there already;
-    ``verified``: whether its hash was known beforehand."""
+    ``verified``: whether its hash was known beforehand; ``checked``: by what it is known to be whole: ``sha256``,
+    ``size`` (it is the one that the server told), or ``content`` (it reads as a whole checkpoint)."""
 
     path: Path
     bytes: int
     sha256: str
     received: int
     verified: bool
+    checked: Literal["sha256", "size", "content"]
 
     def as_dict(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -50,16 +58,17 @@ def fetch(
 ) -> Fetched:
     """Download ``url`` to ``target``, which appears only when it is complete and its hash, where given, is right.
 
-    A connection that breaks is taken up again; when several tries in a row bring nothing the part stays, and the next
-    call goes on from it. ``progress`` is told the bytes there and in all (None where the server does not say).
-    ``patience``: seconds before the second try. Raises FetchError, WrongHash, StoreFull, or OSError for a folder that
-    cannot be written.
+    A connection that breaks is taken up again, and a busy server asked again, when it says so; when several tries in a
+    row bring nothing the part stays, and the next call goes on from it. Where neither the hash nor the size is known
+    the file must read as a whole checkpoint. ``progress`` is told the bytes there and in all (None where the server
+    does not say). ``patience``: seconds before the second try. Raises FetchError, WrongHash, StoreFull, or OSError for
+    a folder that cannot be written.
     """
     if target.exists():
         return _already_there(target, sha256)
     part = target.with_name(target.name + ".part")
     with _held(part) as file:
-        received = _complete(url, file, _Version(part), sha256 is not None, progress or (lambda *_: None), patience)
+        came = _complete(url, file, _Version(part), sha256 is not None, progress or (lambda *_: None), patience)
         found = _sha256(part)
         if sha256 is not None and found != sha256:
             _Version(part).forget()
@@ -68,7 +77,8 @@ def fetch(
         size = part.stat().st_size
         part.replace(target)
         _Version(part).forget()
-    return Fetched(target, size, found, received, sha256 is not None)
+    checked: Literal["sha256", "size", "content"] = "sha256" if sha256 else "size" if came.size_told else "content"
+    return Fetched(target, size, found, came.received, sha256 is not None, checked)
 
 
 def _already_there(target: Path, sha256: str | None) -> Fetched:
@@ -79,7 +89,7 @@ def _already_there(target: Path, sha256: str | None) -> Fetched:
     found = _sha256(target)
     if found != sha256:
         raise WrongHash(f"{target} is there already with the sha256 {found}, not {sha256}; remove it")
-    return Fetched(target, target.stat().st_size, found, 0, True)
+    return Fetched(target, target.stat().st_size, found, 0, True, "sha256")
 
 
 def _sha256(path: Path) -> str:
@@ -129,38 +139,69 @@ class _Version:
         self._file.unlink(missing_ok=True)
 
 
+@dataclass
+class _Came:
+    """What has come: bytes, over all tries, and whether the last answer told how many the file has."""
+
+    received: int = 0
+    size_told: bool = False
+
+
+class _Busy(Exception):
+    """The server wants to be asked again, after ``pause`` seconds."""
+
+    def __init__(self, answer: str, pause: float) -> None:
+        super().__init__(answer)
+        self.pause = pause
+
+
 def _complete(
     url: str, file: BinaryIO, version: _Version, hash_known: bool, progress: Progress, patience: float
-) -> int:
-    """Fill the part; returns the bytes that came."""
-    received = tries = 0
+) -> _Came:
+    """Fill the part."""
+    came, tries = _Came(), 0
     farthest = file.tell()
     with httpx.Client(follow_redirects=True, timeout=_TIMEOUT, headers={"Accept-Encoding": "identity"}) as client:
         while True:
             try:
-                for count in _stream(client, url, file, version, hash_known, progress):
-                    received += count
+                _stream(client, url, file, version, hash_known, progress, came)
                 file.flush()
-                return received
+                if not came.size_told and not hash_known and (damage := _damage(Path(file.name))):
+                    raise httpx.RemoteProtocolError(f"the server told no size, and what came is not whole: {damage}")
+                return came
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
                 raise FetchError(f"{url!r} is no http or https address: {error}") from error
-            except (httpx.TransportError, httpx.TooManyRedirects) as error:
+            except (httpx.TransportError, httpx.TooManyRedirects, _Busy) as error:
                 file.flush()
                 # Only what was never there before counts: a server that always starts anew must not be asked for ever.
                 tries = 1 if file.tell() > farthest else tries + 1
                 farthest = max(farthest, file.tell())
-                if tries >= _TRIES:
+                asked = error.pause if isinstance(error, _Busy) else 0.0
+                if tries >= _TRIES or asked > _LONGEST_PAUSE:
                     raise FetchError(
                         f"{url} cannot be had: {error or type(error).__name__}; "
                         f"{file.tell()} bytes are kept, and the next call goes on from them"
                     ) from error
-                time.sleep(patience * 2 ** (tries - 1))
+                time.sleep(max(asked, patience * 2 ** (tries - 1)))
+
+
+def _damage(part: Path) -> str | None:
+    """Why a file is no whole checkpoint; None for a whole one, even where it holds what is not read."""
+    from hypersam.checkpoint import read_checkpoint  # brings torch, which a file of known hash or size does not need
+
+    try:
+        read_checkpoint(part, name=part.name.removesuffix(".part"))
+    except (NotACheckpoint, EmptyCheckpoint) as error:
+        return str(error)
+    except CheckpointError:
+        return None
+    return None
 
 
 def _stream(
-    client: httpx.Client, url: str, file: BinaryIO, version: _Version, hash_known: bool, progress: Progress
-) -> Iterator[int]:
-    """One request: append what comes, or start anew where the server does so. Gives the sizes of the blocks."""
+    client: httpx.Client, url: str, file: BinaryIO, version: _Version, hash_known: bool, progress: Progress, came: _Came
+) -> None:
+    """One request: append what comes, or start anew where the server does so."""
     offset = file.seek(0, 2)
     validator = version.of(url)
     if offset and validator is None and not hash_known:
@@ -175,8 +216,10 @@ def _stream(
             if _total(response) != offset:
                 file.truncate(0)
                 raise httpx.RemoteProtocolError("the server has another file now")
+            came.size_told = True
             return
         start, total = _answered(url, response, offset)
+        came.size_told = total is not None
         if start != offset:
             file.truncate(start)
         version.keep(url, response)
@@ -189,7 +232,7 @@ def _stream(
             file.write(block)
             done += len(block)
             progress(done, total)
-            yield len(block)
+            came.received += len(block)
         if total is not None and done != total:
             raise httpx.RemoteProtocolError(f"{done} bytes came of {total}")
 
@@ -207,7 +250,23 @@ def _answered(url: str, response: httpx.Response, offset: int) -> tuple[int, int
     if response.status_code == 200:
         length = response.headers.get("content-length", "")
         return 0, int(length) if length.isdecimal() else None
-    raise FetchError(f"{url} answers {response.status_code} {response.reason_phrase}")
+    answer = f"{response.status_code} {response.reason_phrase}".rstrip()
+    if response.status_code in _BUSY:
+        pause = _asked_pause(response)
+        raise _Busy(f"it answers {answer}" + (f" and asks to be left alone for {pause:.0f} s" if pause else ""), pause)
+    raise FetchError(f"{url} answers {answer}")
+
+
+def _asked_pause(response: httpx.Response) -> float:
+    """Seconds of Retry-After (RFC 9110), which gives a number of them or a date; 0 where nothing can be read."""
+    said = response.headers.get("retry-after", "").strip()
+    if said.isdecimal():
+        return float(said)
+    try:
+        until = parsedate_to_datetime(said)
+        return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def _total(response: httpx.Response) -> int | None:

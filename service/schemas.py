@@ -225,6 +225,9 @@ class VariantBody(BaseModel):
         description="the package whose network gives the same answers; null where none was compared"
     )
     url: str | None = Field(description="where its authors offer the file; `hypersam fetch` takes it from there")
+    page: str | None = Field(
+        description="the project that offers the file, where no address of the file itself is known"
+    )
     sha256: str | None = Field(description="of the official file, where it is known")
 
     @classmethod
@@ -243,6 +246,7 @@ class VariantBody(BaseModel):
             most_points=family.most_points,
             checked_against=family.oracle,
             url=row.url,
+            page=row.page,
             sha256=row.sha256,
         )
 

@@ -48,7 +48,8 @@ class Variant:
     from variants of the same shapes; ``two_files``: it is published as an encoder and a decoder; ``marks``: values of
     the configuration by which its checkpoint is told from its family's others. ``always_multimask``: it has three masks
     for every prompt, whatever is asked. ``parameters``: values in the official file's tensors. ``url``: its official
-    address, None where it is not known for certain or the file comes in an archive.
+    address, None where it is not known for certain or the file comes in an archive; ``page`` is then the project that
+    offers it.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Variant:
     always_multimask: bool = False
     parameters: int | None = None
     url: str | None = None
+    page: str | None = None
 
 
 FAMILIES: tuple[FamilyRow, ...] = (
@@ -117,7 +119,7 @@ VARIANTS: tuple[Variant, ...] = (
         "mobile_sam_v2", "sam_vit", "MobileSAMv2 (ViT-H)", "mobile_sam_v2_vit_h.pth",
         (("image_size", 1024), ("embed_dim", 1280), ("depth", 32), ("heads", 16)),
         names=("mobilesamv2", "promptguided"), two_files=True,
-        parameters=641_090_864,
+        parameters=641_090_864, page="https://github.com/ChaoningZhang/MobileSAM",
     ),
     Variant(
         "sam_hq_vit_b", "sam_hq_vit", "SAM-HQ ViT-B", "sam_hq_vit_b.pth",
@@ -186,6 +188,7 @@ VARIANTS: tuple[Variant, ...] = (
         "tiny_sam", "sam_tiny_vit", "TinySAM", "tinysam_42.3.pth", _TINY_VIT_5M,
         names=("tinysam",), always_multimask=True,
         parameters=10_140_231,
+        url="https://github.com/xinghaochen/TinySAM/releases/download/3.0/tinysam_42.3.pth",
     ),
     Variant(
         "sam_hq_vit_tiny", "sam_hq_tiny_vit", "SAM-HQ-Tiny", "sam_hq_vit_tiny.pth", _TINY_VIT_5M,
@@ -195,13 +198,13 @@ VARIANTS: tuple[Variant, ...] = (
         "edge_sam", "edge_sam", "EdgeSAM", "edge_sam.pth",
         (("image_size", 1024), ("stem", 24), ("widths", (48, 96, 192, 384)), ("depths", (3, 3, 15, 2))),
         names=("edgesam",),
-        parameters=9_629_466,
+        parameters=9_629_466, page="https://github.com/chongzhou96/EdgeSAM",
     ),
     Variant(
         "edge_sam_3x", "edge_sam", "EdgeSAM-RPN", "edge_sam_3x.pth",
         (("image_size", 1024), ("stem", 24), ("widths", (48, 96, 192, 384)), ("depths", (3, 3, 15, 2))),
         names=("edgesam3x", "edgesamrpn"),
-        parameters=9_629_466,
+        parameters=9_629_466, page="https://github.com/chongzhou96/EdgeSAM",
     ),
     Variant(
         "efficient_sam_ti", "efficient_sam", "EfficientSAM-Ti", "efficient_sam_vitt.pt",
@@ -212,7 +215,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant(
         "efficient_sam_s", "efficient_sam", "EfficientSAM-S", "efficient_sam_vits.pt",
         (("image_size", 1024), ("patch", 16), ("embed_dim", 384), ("depth", 12), ("mlp_dim", 1536)),
-        parameters=26_413_284,
+        parameters=26_413_284, page="https://github.com/yformer/EfficientSAM",
     ),
 )  # fmt: skip
 """Of variants that nothing but a name or a hash tells apart, the first is taken where neither is known."""
@@ -223,9 +226,6 @@ def known_variants() -> tuple[str, ...]:
     return tuple(v.id for v in VARIANTS) + tuple(f.id for f in FAMILIES)
 
 
-def family_row(family: str) -> FamilyRow:
-    """A family's row. Raises KeyError."""
-    return {row.id: row for row in FAMILIES}[family]
 def named_by(file_name: str) -> tuple[Variant, ...]:
     """The variants that a file's name may mean, the likeliest first: edge_sam_3x also contains edge_sam, so the longest
     part of a name wins."""
@@ -234,3 +234,6 @@ def named_by(file_name: str) -> tuple[Variant, ...]:
     return tuple(row for _, row in sorted(found, key=lambda each: -each[0]))
 
 
+def family_row(family: str) -> FamilyRow:
+    """A family's row. Raises KeyError."""
+    return {row.id: row for row in FAMILIES}[family]

@@ -7,14 +7,21 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from hypersam.errors import FetchError, WrongHash
 from hypersam.fetch import fetch
+from hypersam.sam.registry import VARIANTS
+from tests.models import save_checkpoint
 
 CONTENT = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -29,6 +36,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.content, self.cuts, self.ranges, self.length, self.etag = CONTENT, list[int](), True, True, '"1"'
         self.asked: list[tuple[str | None, int]] = []
+        self.busy: list[tuple[int, str | None]] = []  # answers before the file: the status, and Retry-After
 
     @property
     def url(self) -> str:
@@ -43,6 +51,10 @@ class Handler(BaseHTTPRequestHandler):
         assert self.headers["Accept-Encoding"] == "identity"
         if self.path != "/model.pt":
             self.answer(302 if self.path == "/moved" else 404, asked)
+            return
+        if server.busy:
+            status, pause = server.busy.pop(0)
+            self.answer(status, asked, pause)
             return
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked and server.ranges else 0
         if self.headers.get("If-Range") not in (None, server.etag):
@@ -62,13 +74,15 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body[: server.cuts.pop(0)] if server.cuts else body)
 
-    def answer(self, status: int, asked: str | None) -> None:
+    def answer(self, status: int, asked: str | None, pause: str | None = None) -> None:
         self.server.asked.append((asked, status))
         self.send_response(status)
         if status == 302:
             self.send_header("Location", "/model.pt")
         if status == 416:
             self.send_header("Content-Range", f"bytes */{len(self.server.content)}")
+        if pause is not None:
+            self.send_header("Retry-After", pause)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -180,6 +194,76 @@ def test_a_server_that_does_not_tell_the_size(server: Server, tmp_path: Path) ->
     assert (tmp_path / "a.pt").read_bytes() == CONTENT
 
 
+def test_without_size_and_hash_what_is_cut_off_is_no_file(server: Server, tmp_path: Path) -> None:
+    server.content = save_checkpoint(tmp_path / "whole.pth").read_bytes()
+    server.length, server.cuts = False, [100_000, 0, 50_000]
+    found = fetch(server.url, tmp_path / "a.pt", patience=0.001)
+    assert (tmp_path / "a.pt").read_bytes() == server.content
+    assert (found.verified, found.checked) == (False, "size")  # the answer to a question for the rest tells it
+    assert [answered for _, answered in server.asked] == [200, 206, 206, 206]
+
+    server.cuts, server.etag = [100_000] * 9, ""
+    with pytest.raises(FetchError, match=r"told no size, .* b\.pt is a truncated"):
+        fetch(server.url, tmp_path / "b.pt", patience=0.001)
+    assert not (tmp_path / "b.pt").exists()
+
+
+def test_safetensors_and_files_that_are_whole_but_of_no_use_are_told_from_cut_ones(
+    server: Server, tmp_path: Path
+) -> None:
+    server.length, server.etag = False, ""
+    save_file({"w": torch.arange(50_000.0)}, tmp_path / "whole.safetensors")
+    torch.save([torch.ones(9), print], tmp_path / "unsafe.pt")
+    for name in ("whole.safetensors", "unsafe.pt"):
+        server.content, server.cuts = (tmp_path / name).read_bytes(), [1000]
+        assert fetch(server.url, tmp_path / f"b.{name}", patience=0.001).checked == "content"
+        assert (tmp_path / f"b.{name}").read_bytes() == server.content
+
+
+def test_how_a_file_is_known_to_be_whole_is_told(server: Server, tmp_path: Path) -> None:
+    assert fetch(server.url, tmp_path / "a.pt").checked == "size"
+    assert fetch(server.url, tmp_path / "b.pt", sha256=SHA256).checked == "sha256"
+    assert fetch(server.url, tmp_path / "b.pt", sha256=SHA256).checked == "sha256"
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_a_busy_server_is_asked_again(server: Server, tmp_path: Path, status: int) -> None:
+    server.busy = [(status, None)] * 4
+    fetch(server.url, tmp_path / "a.pt", patience=0.001)
+    assert (tmp_path / "a.pt").read_bytes() == CONTENT
+    server.asked, server.busy = [], [(status, None)] * 9
+    with pytest.raises(FetchError, match=f"it answers {status} "):
+        fetch(server.url, tmp_path / "b.pt", patience=0.001)
+    assert [answered for _, answered in server.asked] == [status] * 5
+    assert names(tmp_path) == ["a.pt"]
+
+
+@pytest.mark.parametrize(
+    ("pause", "least", "most"),
+    [("1", 1.0, 5.0), ("date", 1.0, 5.0), ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0, 0.9), ("soon", 0.0, 0.9)],
+)
+def test_it_is_waited_for_as_long_as_it_asks(
+    server: Server, tmp_path: Path, pause: str, least: float, most: float
+) -> None:
+    in_a_moment = format_datetime(datetime.now(UTC) + timedelta(seconds=2.5), usegmt=True)  # to whole seconds, cut off
+    server.busy = [(503, in_a_moment if pause == "date" else pause)]
+    began = time.monotonic()
+    fetch(server.url, tmp_path / "a.pt", patience=0.001)
+    assert least <= time.monotonic() - began < most
+
+
+def test_nobody_waits_for_hours_and_what_came_stays(server: Server, tmp_path: Path) -> None:
+    server.cuts = [100_000, *[0] * 4]
+    with pytest.raises(FetchError):
+        fetch(server.url, tmp_path / "a.pt", patience=0.001)
+    server.busy, server.asked = [(429, "7200")], []
+    with pytest.raises(FetchError, match=r"429 .* left alone for 7200 s; 100000 bytes are kept"):
+        fetch(server.url, tmp_path / "a.pt", patience=0.001)
+    assert len(server.asked) == 1
+    fetch(server.url, tmp_path / "a.pt")
+    assert server.asked[1:] == [("bytes=100000-", 206)]
+
+
 def test_a_wrong_hash_leaves_nothing(server: Server, tmp_path: Path) -> None:
     with pytest.raises(WrongHash, match=SHA256):
         fetch(server.url, tmp_path / "a.pt", sha256="0" * 64)
@@ -229,3 +313,22 @@ def test_the_command_knows_names_and_hashes(server: Server, tmp_path: Path) -> N
         assert isinstance(answer, dict)
         assert answer["code"] == error
     assert names(tmp_path) == ["sam2.1_hiera_small.pt"]
+
+
+def test_the_command_says_what_was_not_compared(server: Server, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "hypersam.cli", "fetch", "tiny_sam", "--url", server.url, "--out", str(tmp_path)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "could not be compared, for no published hash of this file is known; the size is what" in said
+
+
+def test_where_no_address_is_known_the_project_is_named() -> None:
+    for row in VARIANTS:
+        assert (row.url is None) == (row.page is not None)
+        assert row.sha256 is None or len(row.sha256) == 64
+    for variant, words in (("mobile_sam_v2", "--decoder FILE"), ("efficient_sam_s", "archive")):
+        error = run(variant, code=1)["error"]
+        assert isinstance(error, dict)
+        page = next(row.page for row in VARIANTS if row.id == variant)
+        assert page is not None
+        for each in (page, f"hypersam compress FILE OUT.hsam --variant {variant}", words):
+            assert each in error["message"]

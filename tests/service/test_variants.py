@@ -12,6 +12,7 @@ def test_every_variant_is_told_with_what_it_can_do(api: Api) -> None:
     for row in VARIANTS:
         family, found = family_row(row.family), told[row.id]
         assert (found["file"], found["title"], found["url"]) == (row.file, row.title, row.url)
+        assert found["page"] == row.page
         assert (found["mask_input"], found["background_points"]) == (family.mask_input, family.background)
         assert found["most_points"] == family.most_points
         assert found["checked_against"] == family.oracle
