@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,15 @@ def test_a_guess_is_called_one_in_report_and_artifact(tiny_vit: Path, tmp_path: 
         assert len(guess) == 1
         for word in ("--variant tiny_sam", "mobile_sam.pt", "tinysam_42.3.pth"):
             assert word in guess[0]
+
+
+def test_the_command_line_says_that_it_is_a_guess(tiny_vit: Path, tmp_path: Path) -> None:
+    as_it_is = ["--codec", "birkhoff", "--option", f"min_elements={1 << 40}", "--no-fidelity"]
+    for arguments in (["inspect", tiny_vit], ["compress", tiny_vit, tmp_path / "a.hsam", *as_it_is]):
+        command = [sys.executable, "-m", "hypersam", *map(str, arguments)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        assert "note: the variant mobile_sam is a guess" in said
+        assert "order" in said
 
 
 @pytest.mark.parametrize(
