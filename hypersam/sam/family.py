@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Family:
     """
 
     id: str
-    recognises: Callable[[Mapping[str, Tensor]], bool]
+    recognises: Callable[[Collection[str]], bool]
     read: Callable[[Mapping[str, Tensor]], Config]
     config: type[Config]
     network: Callable[[Any], SamNetwork]

@@ -44,9 +44,9 @@ def read_decoder(shapes: Shapes) -> DecoderConfig:
         dim=dim,
         mask_in_chans=shapes.of("prompt_encoder.mask_downscaling.3.weight", 4)[0],
         multimask_outputs=shapes.of("mask_decoder.mask_tokens.weight", 2)[0] - 1,
-        depth=shapes.count("mask_decoder.transformer.layers.{}.norm1.weight"),
+        depth=shapes.depth("mask_decoder.transformer.layers."),
         mlp_dim=shapes.of("mask_decoder.transformer.layers.0.mlp.lin1.weight", 2)[0],
-        iou_depth=shapes.count("mask_decoder.iou_prediction_head.layers.{}.weight"),
+        iou_depth=shapes.depth("mask_decoder.iou_prediction_head.layers."),
         iou_hidden=shapes.of("mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
     )
 

@@ -25,12 +25,11 @@ from hypersam.sam.families.decoder import (
     read_decoder,
     resized_prompts,
 )
-from hypersam.sam.families.shapes import Shapes, checked
+from hypersam.sam.families.shapes import Shapes, checked, most_of
 from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, Prompts, shell
 from hypersam.sam.official import LayerNorm2d
 
-MARK = "image_encoder.features.0.0.c.weight"
 STRIDE = 32
 """Pixels a side of a cell of the deepest features; the embedding has twice as many cells each way."""
 _STAGES = 4
@@ -77,24 +76,23 @@ def _read(tensors: Mapping[str, Tensor]) -> EdgeSamConfig:
     shapes = Shapes(tensors, "EdgeSAM")
     widths = [shapes.of("image_encoder.features.0.2.c.weight", 4)[0]]
     depths, squeezes, excited = [0], [0], []
-    number = 1
-    while shapes.has(f"image_encoder.features.{number}.channel_mixer.m.0.c.weight"):
+    for number, keys in enumerate(shapes.layers("image_encoder.features.")[1:], 1):
         mixer = f"image_encoder.features.{number}.token_mixer"
-        if shapes.has(f"{mixer}.2.c.weight"):  # a stage begins with the block that halves the resolution
+        # A stage begins with the block that halves the resolution.
+        if any(key.startswith("token_mixer.2.") for key in keys):
             widths.append(shapes.of(f"{mixer}.2.c.weight", 4)[0])
             depths.append(0)
             squeezes.append(0)
         else:
             depths[-1] += 1
-        if shapes.has(f"{mixer}.1.fc1.weight"):
+        if any(key.startswith("token_mixer.1.") for key in keys):
             squeezes[-1] = shapes.of(f"{mixer}.1.fc1.weight", 4)[0]
             excited.append(number)
-        number += 1
     if len(widths) != _STAGES:
         raise LayoutMismatch(f"an EdgeSAM encoder has {_STAGES} stages, this one {len(widths)}")
     return EdgeSamConfig(
         image_size=_INPUT,
-        stem=shapes.of(MARK, 4)[0],
+        stem=shapes.of("image_encoder.features.0.0.c.weight", 4)[0],
         widths=tuple(widths),
         depths=tuple(depths),
         squeezes=tuple(squeezes),
@@ -307,7 +305,7 @@ class _ChannelMixer(nn.Module):
 
 FAMILY = Family(
     id="edge_sam",
-    recognises=lambda tensors: MARK in tensors,
+    recognises=most_of("image_encoder.features.", "image_encoder.fuse_stage2.", "image_encoder.fuse_stage3."),
     read=_read,
     config=EdgeSamConfig,
     network=EdgeSam,

@@ -15,13 +15,19 @@ from torch.utils.checkpoint import checkpoint
 from hypersam.errors import LayoutMismatch
 from hypersam.sam.families.decoder import HEADS
 from hypersam.sam.families.efficient_sam_decoder import MaskDecoder, PromptEncoder
-from hypersam.sam.families.shapes import Shapes, checked
+from hypersam.sam.families.sam_vit import has_vit
+from hypersam.sam.families.shapes import Shapes, checked, most_of
 from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, Prompts, SamNetwork, shell
 from hypersam.sam.official import LayerNorm2d
 from hypersam.sam.rules import EfficientSamRules
 
-MARK = "prompt_encoder.bbox_top_left_embeddings.weight"
+_has_own_decoder = most_of(
+    "prompt_encoder.bbox_top_left_embeddings.",
+    "prompt_encoder.bbox_bottom_right_embeddings.",
+    "prompt_encoder.invalid_points.",
+    "mask_decoder.final_output_upscaling_layers.",
+)
 _INPUT = 1024
 """Side of the input in pixels. The table of positions has the size of the pictures of the first training (224), and
 is stretched to the input's, which is in no checkpoint."""
@@ -75,23 +81,23 @@ def _read(tensors: Mapping[str, Tensor]) -> EfficientSamConfig:
         raise LayoutMismatch(f"heads of {_HEAD} channels do not divide a width of {embed_dim}")
     if _INPUT % patch:
         raise LayoutMismatch(f"patches of {patch} pixels do not divide an input of {_INPUT}")
-    dim = shapes.of(MARK, 2)[1]
+    dim = shapes.of("prompt_encoder.bbox_top_left_embeddings.weight", 2)[1]
     if dim % (2 * HEADS):
         raise LayoutMismatch(f"an embedding of {dim} channels is no multiple of {2 * HEADS}, twice the decoder's heads")
-    levels = shapes.count("mask_decoder.final_output_upscaling_layers.{}.0.weight")
+    levels = shapes.depth("mask_decoder.final_output_upscaling_layers.")
     return EfficientSamConfig(
         image_size=_INPUT,
         patch=patch,
         table=table,
         embed_dim=embed_dim,
         heads=embed_dim // _HEAD,
-        depth=shapes.count("image_encoder.blocks.{}.attn.qkv.weight"),
+        depth=shapes.depth("image_encoder.blocks."),
         mlp_dim=shapes.of("image_encoder.blocks.0.mlp.fc1.weight", 2)[0],
         dim=dim,
         multimask_outputs=shapes.of("mask_decoder.mask_tokens.weight", 2)[0] - 1,
-        decoder_depth=shapes.count("mask_decoder.transformer.layers.{}.norm1.weight"),
+        decoder_depth=shapes.depth("mask_decoder.transformer.layers."),
         decoder_mlp_dim=shapes.of("mask_decoder.transformer.layers.0.mlp.fc.weight", 2)[1],
-        iou_depth=shapes.count("mask_decoder.iou_prediction_head.layers.{}.0.weight"),
+        iou_depth=shapes.depth("mask_decoder.iou_prediction_head.layers."),
         iou_hidden=shapes.of("mask_decoder.iou_prediction_head.fc.weight", 2)[1],
         upscaling=tuple(
             shapes.of(f"mask_decoder.final_output_upscaling_layers.{i}.0.weight", 4)[1] for i in range(levels)
@@ -250,7 +256,7 @@ class _Mlp(nn.Module):
 
 FAMILY = Family(
     id="efficient_sam",
-    recognises=lambda tensors: MARK in tensors,
+    recognises=lambda keys: has_vit(keys) and _has_own_decoder(keys),
     read=_read,
     config=EfficientSamConfig,
     network=EfficientSam,

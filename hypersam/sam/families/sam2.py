@@ -18,15 +18,14 @@ from hypersam.errors import LayoutMismatch
 from hypersam.sam.families.decoder import DecoderConfig, decoder_arguments, decoder_inputs, resized_prompts
 from hypersam.sam.families.hiera import STAGES, STRIDE, ImageEncoder
 from hypersam.sam.families.mask_decoder import MaskDecoder, PromptEncoder, in_place
-from hypersam.sam.families.shapes import Shapes, checked
+from hypersam.sam.families.shapes import Shapes, checked, most_of
 from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, Prompts, SamNetwork, shell
 from hypersam.sam.official import MLP
 from hypersam.sam.rules import Sam2Rules
 
 _TRUNK = "image_encoder.trunk."
-MARK = _TRUNK + "pos_embed_window"
-_LATER = "no_obj_embed_spatial"
+_LATER = ("no_obj_embed_spatial", "obj_ptr_tpos_proj.")
 """What SAM 2.1 has and SAM 2 has not."""
 _MEMORY = "maskmem_tpos_enc"
 """Both have it, but not a file from which all that pictures do not need was taken."""
@@ -48,11 +47,10 @@ _VIDEO = (
     "memory_encoder.",
     "mask_downsample.",
     "obj_ptr_proj.",
-    "obj_ptr_tpos_proj.",
     "maskmem_tpos_enc",
     "no_mem_pos_enc",
     "no_obj_ptr",
-    _LATER,
+    *_LATER,
     # Whether there is an object at all, which is asked of videos.
     "sam_mask_decoder.pred_obj_score_head.",
 )
@@ -112,9 +110,10 @@ class Sam2Config:
 def _read(tensors: Mapping[str, Tensor]) -> Sam2Config:
     shapes = Shapes(tensors, "SAM 2")
     embed_dim = shapes.of(_TRUNK + "patch_embed.proj.weight", 4)[0]
-    depth = shapes.count(_TRUNK + "blocks.{}.attn.qkv.weight")
+    blocks = shapes.layers(_TRUNK + "blocks.")
     # A stage begins where a block has a projection to another width.
-    starts = [0, *(i for i in range(depth) if shapes.has(f"{_TRUNK}blocks.{i}.proj.weight")), depth]
+    wider = (i for i, keys in enumerate(blocks) if any(key.startswith("proj.") for key in keys))
+    starts = [0, *wider, len(blocks)]
     stages = tuple(last - first for first, last in pairwise(starts))
     known = _PUBLISHED.get((embed_dim, stages))
     if known is None:
@@ -127,7 +126,7 @@ def _read(tensors: Mapping[str, Tensor]) -> Sam2Config:
     mask_decoder = "sam_mask_decoder."
     dim = shapes.of("sam_prompt_encoder.no_mask_embed.weight", 2)[1]
     return Sam2Config(
-        releases=(21,) if shapes.has(_LATER) else (20,) if shapes.has(_MEMORY) else (20, 21),
+        releases=(21,) if any(map(shapes.has, _LATER)) else (20,) if shapes.has(_MEMORY) else (20, 21),
         image_size=_IMAGE_SIZE,
         embed_dim=embed_dim,
         heads=heads,
@@ -140,9 +139,9 @@ def _read(tensors: Mapping[str, Tensor]) -> Sam2Config:
             dim=dim,
             mask_in_chans=shapes.of("sam_prompt_encoder.mask_downscaling.3.weight", 4)[0],
             multimask_outputs=shapes.of(mask_decoder + "mask_tokens.weight", 2)[0] - 1,
-            depth=shapes.count(mask_decoder + "transformer.layers.{}.norm1.weight"),
+            depth=shapes.depth(mask_decoder + "transformer.layers."),
             mlp_dim=shapes.of(mask_decoder + "transformer.layers.0.mlp.layers.0.weight", 2)[0],
-            iou_depth=shapes.count(mask_decoder + "iou_prediction_head.layers.{}.weight"),
+            iou_depth=shapes.depth(mask_decoder + "iou_prediction_head.layers."),
             iou_hidden=shapes.of(mask_decoder + "iou_prediction_head.layers.0.weight", 2)[0],
         ),
     )
@@ -284,7 +283,7 @@ class Sam2MaskDecoder(MaskDecoder):
 
 FAMILY = Family(
     id="sam2_hiera",
-    recognises=lambda tensors: MARK in tensors,
+    recognises=most_of(_TRUNK + "blocks.", _TRUNK + "patch_embed.", _TRUNK + "pos_embed", "image_encoder.neck.convs."),
     read=_read,
     config=Sam2Config,
     network=Sam2,

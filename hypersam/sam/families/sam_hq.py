@@ -4,6 +4,7 @@ mask comes from finer features and is added to SAM's."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,14 +13,22 @@ from torch import Tensor, nn
 from hypersam.errors import LayoutMismatch
 from hypersam.sam.families.decoder import DecoderConfig, SamDecoding, decoder_arguments, decoder_inputs, read_decoder
 from hypersam.sam.families.mask_decoder import MaskDecoder, in_place
-from hypersam.sam.families.sam_vit import MARK, SamViT, SamViTConfig, read_vit
-from hypersam.sam.families.shapes import Shapes
+from hypersam.sam.families.sam_vit import SamViT, SamViTConfig, has_vit, read_vit
+from hypersam.sam.families.shapes import Shapes, most_of
 from hypersam.sam.family import Family
 from hypersam.sam.network import Features, Prompts
 from hypersam.sam.official import MLP, LayerNorm2d
 
-HQ_MARK = "mask_decoder.hf_token.weight"
-"""The token; what has it is a SAM-HQ of some encoder."""
+has_hq = most_of(
+    "mask_decoder.hf_token.",
+    "mask_decoder.hf_mlp.",
+    "mask_decoder.compress_vit_feat.",
+    "mask_decoder.embedding_encoder.",
+    "mask_decoder.embedding_maskfeature.",
+)
+"""Whether keys are those of a SAM-HQ, of some encoder."""
+PUBLISHED_GLOBAL = {12: (2, 5, 8, 11), 24: (5, 11, 17, 23), 32: (7, 15, 23, 31)}
+"""Depth of a published encoder: its blocks with global attention."""
 
 
 class HqMaskDecoder(MaskDecoder):
@@ -118,16 +127,27 @@ class SamHq(HqDecoding, SamViT):
 
 def _read(tensors: Mapping[str, Tensor]) -> SamViTConfig:
     shapes = Shapes(tensors, "SAM-HQ")
-    shapes.of("image_encoder.blocks.0.attn.qkv.weight", 2)
     config = read_vit(shapes, read_decoder(shapes))
     if 0 not in config.windows:
         raise LayoutMismatch("a SAM-HQ takes features from its first block with global attention; this one has none")
-    return config
+    if any(config.windows) or config.depth == 1:
+        return config
+    # Windows as large as the picture have the shapes of global attention and give the same, but features are taken
+    # from the first block that is global by name.
+    if config.depth not in PUBLISHED_GLOBAL:
+        depths = ", ".join(map(str, PUBLISHED_GLOBAL))
+        raise LayoutMismatch(
+            "a SAM-HQ takes features from its first block with global attention, and which that is does not show in "
+            f"these shapes, where all blocks have the {config.grid} patches a side of the picture; it is known for the "
+            f"published depths ({depths}), not for {config.depth}"
+        )
+    named = PUBLISHED_GLOBAL[config.depth]
+    return replace(config, windows=tuple(0 if i in named else config.grid for i in range(config.depth)))
 
 
 FAMILY = Family(
     id="sam_hq_vit",
-    recognises=lambda tensors: MARK in tensors and HQ_MARK in tensors,
+    recognises=lambda keys: has_vit(keys) and has_hq(keys),
     read=_read,
     config=SamViTConfig,
     network=SamHq,

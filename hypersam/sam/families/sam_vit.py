@@ -24,12 +24,13 @@ from hypersam.sam.families.decoder import (
     read_decoder,
     resized_prompts,
 )
-from hypersam.sam.families.shapes import Shapes, checked
+from hypersam.sam.families.shapes import Shapes, checked, most_of
 from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, cut, shell
 from hypersam.sam.official import LayerNorm2d, MLPBlock
 
-MARK = "image_encoder.patch_embed.proj.weight"
+has_vit = most_of("image_encoder.blocks.", "image_encoder.patch_embed.proj.", "image_encoder.pos_embed")
+"""Whether keys are those of a plain ViT, of SAM or another."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +68,9 @@ class SamViTConfig:
 
 def read_vit(shapes: Shapes, decoder: DecoderConfig) -> SamViTConfig:
     """Read the image encoder's sizes off the shapes. Raises LayoutMismatch naming what does not fit."""
-    embed_dim, _, patch, _ = shapes.of(MARK, 4)
+    embed_dim, _, patch, _ = shapes.of("image_encoder.patch_embed.proj.weight", 4)
     _, grid, _, _ = shapes.of("image_encoder.pos_embed", 4)
-    depth = shapes.count("image_encoder.blocks.{}.attn.qkv.weight")
+    depth = shapes.depth("image_encoder.blocks.")
     head_dim = shapes.of("image_encoder.blocks.0.attn.rel_pos_h", 2)[1]
     windows = []
     for i in range(depth):
@@ -90,7 +91,6 @@ def read_vit(shapes: Shapes, decoder: DecoderConfig) -> SamViTConfig:
 
 def _read(tensors: Mapping[str, Tensor]) -> SamViTConfig:
     shapes = Shapes(tensors, "SAM ViT")
-    shapes.of("image_encoder.blocks.0.attn.qkv.weight", 2)
     return read_vit(shapes, read_decoder(shapes))
 
 
@@ -263,7 +263,7 @@ class _Attention(nn.Module):
 
 FAMILY = Family(
     id="sam_vit",
-    recognises=lambda tensors: MARK in tensors,
+    recognises=has_vit,
     read=_read,
     config=SamViTConfig,
     network=SamViT,

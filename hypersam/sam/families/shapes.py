@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
 
 from hypersam.errors import LayoutMismatch
+
+MAX_DEPTH = 256
+"""Layers of a stack; the deepest published one has 48. A number in a key could ask for any."""
 
 
 class Shapes:
@@ -26,16 +30,36 @@ class Shapes:
             raise LayoutMismatch(f"{key!r} has shape {shape}; {dims} dimensions were expected")
         return shape
 
-    def has(self, key: str) -> bool:
-        """Whether the key is there."""
-        return key in self._tensors
+    def has(self, beginning: str) -> bool:
+        """Whether any key begins so."""
+        return any(key.startswith(beginning) for key in self._tensors)
 
-    def count(self, pattern: str) -> int:
-        """How many keys there are of ``pattern`` with 0, 1, 2 … in its braces, up to the first that is missing."""
-        n = 0
-        while pattern.format(n) in self._tensors:
-            n += 1
-        return n
+    def layers(self, stack: str) -> tuple[tuple[str, ...], ...]:
+        """What follows ``stack`` and a number in the keys, a layer each, up to the largest number: a layer that lost a
+        key, or all, is one of a stack nevertheless. Raises LayoutMismatch for more than ``MAX_DEPTH``."""
+        numbered = re.compile(re.escape(stack) + r"(0|[1-9][0-9]*)\.(.+)")
+        found: dict[int, list[str]] = {}
+        for key in self._tensors:
+            if match := numbered.fullmatch(key):
+                number = int(match[1])
+                if number >= MAX_DEPTH:
+                    raise LayoutMismatch(f"{key!r} is of layer {number}; at most {MAX_DEPTH} are read, from 0 on")
+                found.setdefault(number, []).append(match[2])
+        return tuple(tuple(found.get(i, ())) for i in range(max(found, default=-1) + 1))
+
+    def depth(self, stack: str) -> int:
+        """How many ``layers`` there are."""
+        return len(self.layers(stack))
+
+
+def most_of(*beginnings: str) -> Callable[[Collection[str]], bool]:
+    """A question about keys: whether more than half of these are what some key begins with. One key that is lost or
+    strange does not change the answer, where each beginning is that of several keys or there are three and more."""
+
+    def told(keys: Collection[str]) -> bool:
+        return 2 * sum(any(key.startswith(start) for key in keys) for start in beginnings) > len(beginnings)
+
+    return told
 
 
 def checked(cls: type[Any], values: Mapping[str, Any], *, lists: tuple[str, ...] = ()) -> dict[str, Any]:

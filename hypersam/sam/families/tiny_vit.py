@@ -27,14 +27,14 @@ from hypersam.sam.families.decoder import (
     read_decoder,
     resized_prompts,
 )
-from hypersam.sam.families.sam_hq import HQ_MARK, HqDecoding, hq_mask_decoder
-from hypersam.sam.families.shapes import Shapes, checked
+from hypersam.sam.families.sam_hq import HqDecoding, has_hq, hq_mask_decoder
+from hypersam.sam.families.shapes import Shapes, checked, most_of
 from hypersam.sam.families.windows import cut, joined
 from hypersam.sam.family import Family
 from hypersam.sam.network import LARGEST_SIDE, Features, shell
 from hypersam.sam.official import LayerNorm2d
 
-TINY_MARK = "image_encoder.patch_embed.seq.0.c.weight"
+_has_tiny_vit = most_of("image_encoder.patch_embed.seq.", "image_encoder.layers.")
 _IMAGE_SIZE = 1024
 """No tensor of a TinyViT depends on the size of its pictures, and every published one is for this."""
 _STAGES = 4
@@ -86,8 +86,7 @@ def _read_tiny_vit(tensors: Mapping[str, Tensor], title: str) -> TinyViTConfig:
     attention = layer + "blocks.0.attn.attention_biases"
     widths = [shapes.of("image_encoder.patch_embed.seq.2.c.weight", 4)[0]]
     widths += [shapes.of(layer.format(i) + "downsample.conv1.c.weight", 4)[0] for i in range(_STAGES - 1)]
-    depths = [shapes.count(layer.format(0) + "blocks.{}.conv1.c.weight")]
-    depths += [shapes.count(layer.format(i) + "blocks.{}.attn.qkv.weight") for i in range(1, _STAGES)]
+    depths = [shapes.depth(layer.format(i) + "blocks.") for i in range(_STAGES)]
     tables = [shapes.of(attention.format(i), 2) for i in range(1, _STAGES)]
     for i, ((heads, _), width) in enumerate(zip(tables, widths[1:], strict=True), 1):
         if width % heads:
@@ -341,7 +340,7 @@ def _classifier(key: str) -> bool:
 
 FAMILY = Family(
     id="sam_tiny_vit",
-    recognises=lambda tensors: TINY_MARK in tensors and HQ_MARK not in tensors,
+    recognises=lambda keys: _has_tiny_vit(keys) and not has_hq(keys),
     read=lambda tensors: _read_tiny_vit(tensors, "MobileSAM or TinySAM"),
     config=TinyViTConfig,
     network=SamTinyViT,
@@ -350,7 +349,7 @@ FAMILY = Family(
 
 HQ_FAMILY = Family(
     id="sam_hq_tiny_vit",
-    recognises=lambda tensors: TINY_MARK in tensors and HQ_MARK in tensors,
+    recognises=lambda keys: _has_tiny_vit(keys) and has_hq(keys),
     read=lambda tensors: _read_tiny_vit(tensors, "SAM-HQ-Tiny"),
     config=TinyViTConfig,
     network=SamHqTinyViT,
