@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from hypersam.sam.families.decoder import DecoderConfig
 from hypersam.sam.families.sam_hq import SamHq
 from hypersam.sam.families.sam_vit import SamViTConfig
 from hypersam.sam.families.tiny_vit import SamHqTinyViT, SamTinyViT, TinyViTConfig, _Attention
-from hypersam.sam.network import SamNetwork
+from hypersam.sam.network import SamNetwork, sharing
 from hypersam.sam.predictor import SamPredictor
 
 DECODER = DecoderConfig(dim=32, mask_in_chans=16, multimask_outputs=3, depth=2, mlp_dim=64, iou_depth=3, iou_hidden=64)
@@ -176,9 +177,42 @@ def test_tiny_sam_has_three_masks_whatever_is_asked() -> None:
     assert len(answers["tiny_sam", False][0]) == 3
 
 
+def hq_with(windows: tuple[int, ...]) -> SamViTConfig:
+    """Of a grid of 8 patches a side."""
+    return replace(VIT, windows=windows)
+
+
 def test_an_hq_without_global_attention_is_refused() -> None:
-    config = SamViTConfig(
-        image_size=64, patch=8, embed_dim=32, heads=2, mlp_dim=128, windows=(4, 4), decoder=DECODER
-    )  # fmt: skip
-    with pytest.raises(LayoutMismatch, match="global attention"):
-        detect(random_sam.spread(SamHq, config, seed=0))
+    with pytest.raises(LayoutMismatch, match="this one has none"):
+        detect(random_sam.spread(SamHq, hq_with((4, 4)), seed=0))
+
+
+@pytest.mark.parametrize("windows", [(8, 0), (8, 8, 0), (0, 0), (8, 8)])
+def test_an_hq_whose_windows_are_its_picture_is_refused(windows: tuple[int, ...]) -> None:
+    # The shapes of these are the same, and features are taken from another block of each.
+    with pytest.raises(LayoutMismatch, match=r"does not show in these shapes.* all blocks have the 8 patches"):
+        detect(random_sam.spread(SamHq, hq_with(windows), seed=0))
+
+
+@pytest.mark.parametrize("windows", [(0,), (4, 0, 4), (0, 14, 0, 0)])
+def test_global_blocks_show_beside_other_windows_and_alone(windows: tuple[int, ...]) -> None:
+    assert detect(random_sam.spread(SamHq, hq_with(windows), seed=0)).config.windows == windows
+
+
+@pytest.mark.parametrize(
+    ("depth", "named"), [(12, (2, 5, 8, 11)), (24, (5, 11, 17, 23)), (32, (7, 15, 23, 31))]
+)  # fmt: skip
+def test_published_depths_tell_the_global_blocks_of_such_an_hq(depth: int, named: tuple[int, ...]) -> None:
+    windows = tuple(0 if i in named else 8 for i in range(depth))
+    state = random_sam.spread(SamHq, hq_with((0,) * depth), seed=0)
+    found = detect(state)
+    assert found.config.windows == windows
+    network = sharing(found.described.network, found.config, state)
+    assert isinstance(network, SamHq)
+    pixels = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        early = network.image_encoder.with_early(pixels)[1]
+        x = network.image_encoder.patch_embed(pixels) + network.image_encoder.pos_embed
+        for block in network.image_encoder.blocks[: named[0] + 1]:
+            x = block(x)
+    torch.testing.assert_close(early, x.permute(0, 3, 1, 2))

@@ -5,20 +5,27 @@ from __future__ import annotations
 import importlib
 from functools import partial
 
+import pytest
 from torch import nn
 
 from hypersam.sam.detect import detect
 from tests.oracles.official import compare, loaded, ours, package
 
 
-def test_sam_hq_with_a_vit() -> None:
+@pytest.mark.parametrize(
+    ("window", "depth", "global_blocks"),
+    # The last has windows as large as the picture, whose global blocks only its depth tells.
+    [(7, 3, (1,)), (7, 3, (0, 2)), (20, 12, (2, 5, 8, 11))],
+)
+def test_sam_hq_with_a_vit(window: int, depth: int, global_blocks: tuple[int, ...]) -> None:
     hq = package("segment_anything_hq")
     parts = importlib.import_module("segment_anything_hq.modeling")
     hq_decoder = importlib.import_module("segment_anything_hq.modeling.mask_decoder_hq")
     official = parts.Sam(
         parts.ImageEncoderViT(
-            img_size=160, patch_size=8, embed_dim=40, depth=3, num_heads=5, mlp_ratio=4, out_chans=64, qkv_bias=True,
-            use_rel_pos=True, window_size=7, global_attn_indexes=(1,), norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            img_size=160, patch_size=8, embed_dim=40, depth=depth, num_heads=5, mlp_ratio=4, out_chans=64,
+            qkv_bias=True, use_rel_pos=True, window_size=window, global_attn_indexes=global_blocks,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
         ),
         parts.PromptEncoder(64, (20, 20), (160, 160), 16),
         hq_decoder.MaskDecoderHQ(
