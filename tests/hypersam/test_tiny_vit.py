@@ -27,7 +27,7 @@ from hypersam.sam.predictor import SamPredictor
 DECODER = DecoderConfig(dim=32, mask_in_chans=16, multimask_outputs=3, depth=2, mlp_dim=64, iou_depth=3, iou_hidden=64)
 TINY = TinyViTConfig(
     image_size=1024, widths=(16, 32, 48, 64), depths=(1, 1, 2, 1), heads=(2, 3, 4), windows=(7, 14, 7),
-    expand=4, mlp_ratio=4, decoder=DECODER,
+    bottleneck=64, mlp_dims=(128, 192, 256), decoder=DECODER,
 )  # fmt: skip
 VIT = SamViTConfig(
     image_size=64, patch=8, embed_dim=32, heads=2, mlp_dim=128, windows=(4, 0, 0), decoder=DECODER
@@ -175,6 +175,18 @@ def test_tiny_sam_has_three_masks_whatever_is_asked() -> None:
         for got, want in zip(answers["tiny_sam", multimask], answers["mobile_sam", True], strict=True):
             np.testing.assert_array_equal(got, want)
     assert len(answers["tiny_sam", False][0]) == 3
+
+
+@pytest.mark.parametrize("family", ["sam_tiny_vit", "sam_hq_tiny_vit"])
+def test_hidden_sizes_are_any(family: str) -> None:
+    # Of ratios of 2.5 and 1.3, rounded down as their builders do, and of none.
+    config = replace(TINY, bottleneck=40, mlp_dims=(41, 62, 7))
+    network = NETWORKS[family][0]
+    found = detect(random_sam.spread(network, config, seed=0))
+    assert (found.family, found.config) == (family, config)
+    assert TinyViTConfig.from_dict(config.as_dict()) == config
+    with pytest.raises(ValueError, match="mlp_dims must be 3 positive numbers"):
+        TinyViTConfig.from_dict(config.as_dict() | {"mlp_dims": [4, 0, 4]})
 
 
 def hq_with(windows: tuple[int, ...]) -> SamViTConfig:

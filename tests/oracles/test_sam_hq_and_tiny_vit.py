@@ -48,3 +48,24 @@ def test_mobile_sam() -> None:
     official = mobile.sam_model_registry["vit_t"]()
     state = loaded(official, seed=6)
     compare(mobile.SamPredictor(official), ours(detect(state), state))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "expand", "windows"), [(2.5, 3.5, (7, 7, 14, 7)), (1.3, 4.0, (7, 8, 16, 7))]
+)  # fmt: skip
+def test_tiny_vit_of_other_sizes(ratio: float, expand: float, windows: tuple[int, ...]) -> None:
+    mobile = package("mobile_sam")
+    parts = importlib.import_module("mobile_sam.modeling")
+    official = parts.Sam(
+        parts.TinyViT(
+            img_size=1024, in_chans=3, num_classes=10, embed_dims=[32, 64, 96, 320], depths=[1, 2, 1, 1],
+            num_heads=[1, 2, 3, 10], window_sizes=list(windows), mlp_ratio=ratio, drop_rate=0.0, drop_path_rate=0.0,
+            use_checkpoint=False, mbconv_expand_ratio=expand, local_conv_size=3, layer_lr_decay=0.8,
+        ),
+        parts.PromptEncoder(256, (64, 64), (1024, 1024), 16),
+        parts.MaskDecoder(
+            transformer_dim=256, num_multimask_outputs=3, transformer=parts.TwoWayTransformer(2, 256, 8, 512)
+        ),
+    )  # fmt: skip
+    state = loaded(official, seed=7)
+    compare(mobile.SamPredictor(official), ours(detect(state), state))

@@ -45,7 +45,8 @@ _STABILITY_OFFSET = 1.0
 class EdgeSamConfig:
     """Sizes of an EdgeSAM. By stage: ``widths``, ``depths`` (blocks that keep the resolution) and ``squeezes``
     (hidden channels of squeeze-and-excitation, 0 where a stage has none). ``excited``: the numbers of the blocks
-    that have it, all blocks counted from 1; ``expansion``: hidden channels of a channel mixer by its width."""
+    that have it, all blocks counted from 1. ``mixers`` (hidden channels of channel mixers) goes by stage too, 0 for a
+    first stage without blocks."""
 
     image_size: int
     stem: int
@@ -53,7 +54,7 @@ class EdgeSamConfig:
     depths: tuple[int, ...]
     squeezes: tuple[int, ...]
     excited: tuple[int, ...]
-    expansion: int
+    mixers: tuple[int, ...]
     decoder: DecoderConfig
 
     def as_dict(self) -> dict[str, Any]:
@@ -64,18 +65,18 @@ class EdgeSamConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> EdgeSamConfig:
         """The inverse of ``as_dict``. Raises ValueError where a field is missing, unknown or no positive number."""
         found = checked(cls, values, lists=_LISTS)
-        if any(len(found[name]) != _STAGES for name in ("widths", "depths", "squeezes")):
-            raise ValueError(f"widths, depths and squeezes must have {_STAGES} stages each")
+        if any(len(found[name]) != _STAGES for name in ("widths", "depths", "squeezes", "mixers")):
+            raise ValueError(f"widths, depths, squeezes and mixers must have {_STAGES} stages each")
         return cls(**found | {"decoder": DecoderConfig(**checked(DecoderConfig, found["decoder"]))})
 
 
-_LISTS = ("widths", "depths", "squeezes", "excited")
+_LISTS = ("widths", "depths", "squeezes", "excited", "mixers")
 
 
 def _read(tensors: Mapping[str, Tensor]) -> EdgeSamConfig:
     shapes = Shapes(tensors, "EdgeSAM")
     widths = [shapes.of("image_encoder.features.0.2.c.weight", 4)[0]]
-    depths, squeezes, excited = [0], [0], []
+    depths, squeezes, mixers, excited = [0], [0], [0], []
     for number, keys in enumerate(shapes.layers("image_encoder.features.")[1:], 1):
         mixer = f"image_encoder.features.{number}.token_mixer"
         # A stage begins with the block that halves the resolution.
@@ -83,8 +84,11 @@ def _read(tensors: Mapping[str, Tensor]) -> EdgeSamConfig:
             widths.append(shapes.of(f"{mixer}.2.c.weight", 4)[0])
             depths.append(0)
             squeezes.append(0)
+            mixers.append(0)
         else:
             depths[-1] += 1
+        if not mixers[-1]:
+            mixers[-1] = shapes.of(f"image_encoder.features.{number}.channel_mixer.m.0.c.weight", 4)[0]
         if any(key.startswith("token_mixer.1.") for key in keys):
             squeezes[-1] = shapes.of(f"{mixer}.1.fc1.weight", 4)[0]
             excited.append(number)
@@ -97,7 +101,7 @@ def _read(tensors: Mapping[str, Tensor]) -> EdgeSamConfig:
         depths=tuple(depths),
         squeezes=tuple(squeezes),
         excited=tuple(excited),
-        expansion=max(1, shapes.of("image_encoder.features.1.channel_mixer.m.0.c.weight", 4)[0] // widths[0]),
+        mixers=tuple(mixers),
         decoder=read_decoder(shapes),
     )
 
@@ -174,7 +178,7 @@ class _RepViT(nn.Module):
                 squeeze = config.squeezes[stage] if len(features) in config.excited else 0
                 narrow, width = width, config.widths[stage]
                 halves = stage > 0 and step == 0
-                features.append(_Block(narrow, width, config.expansion, squeeze, halves=halves))
+                features.append(_Block(narrow, width, config.mixers[stage], squeeze, halves=halves))
             ends.append(len(features) - 1)
         self.features = nn.ModuleList(features)
         self.shallow = ends[-2]
@@ -246,7 +250,7 @@ class _Stem(nn.Sequential):
 class _Block(nn.Module):
     """A token mixer within channels, then a channel mixer within pixels."""
 
-    def __init__(self, narrow: int, wide: int, expansion: int, squeeze: int, *, halves: bool) -> None:
+    def __init__(self, narrow: int, wide: int, hidden: int, squeeze: int, *, halves: bool) -> None:
         super().__init__()
         excitation: nn.Module = _SqueezeExcite(narrow, squeeze) if squeeze else nn.Identity()
         mixer: list[nn.Module] = [
@@ -256,7 +260,7 @@ class _Block(nn.Module):
         if halves:
             mixer.append(_ConvNorm(narrow, wide))
         self.token_mixer = nn.Sequential(*mixer)
-        self.channel_mixer = _ChannelMixer(wide, expansion)
+        self.channel_mixer = _ChannelMixer(wide, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.channel_mixer(self.token_mixer(x))  # type: ignore[no-any-return]
@@ -293,9 +297,8 @@ class _SqueezeExcite(nn.Module):
 class _ChannelMixer(nn.Module):
     """Two 1x1 convolutions about a GELU, with the residual."""
 
-    def __init__(self, width: int, expansion: int) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        hidden = expansion * width
         self.m = nn.Sequential(_ConvNorm(width, hidden), nn.GELU(), _ConvNorm(hidden, width))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -40,22 +40,22 @@ _IMAGE_SIZE = 1024
 _STAGES = 4
 PATCH = 16
 """Pixels of the picture a side of an embedding's pixel: 4 by the patch embedding, 2 by each of the first mergings."""
-_LISTS = ("widths", "depths", "heads", "windows")
+_LISTS = ("widths", "depths", "heads", "windows", "mlp_dims")
 
 
 @dataclass(frozen=True)
 class TinyViTConfig:
     """Sizes of a SAM with a TinyViT. One of ``widths`` and ``depths`` for each of four stages; one of ``heads`` and
-    ``windows`` (sides, in tokens) for each of the last three, which attend. ``expand`` and ``mlp_ratio``: how much
-    wider inverted bottlenecks and perceptrons are inside."""
+    ``windows`` (sides, in tokens) for each of the last three, which attend, and of ``mlp_dims``, the hidden channels
+    of their perceptrons; ``bottleneck``: those of the first stage's inverted bottlenecks."""
 
     image_size: int
     widths: tuple[int, ...]
     depths: tuple[int, ...]
     heads: tuple[int, ...]
     windows: tuple[int, ...]
-    expand: int
-    mlp_ratio: int
+    bottleneck: int
+    mlp_dims: tuple[int, ...]
     decoder: DecoderConfig
 
     @property
@@ -98,8 +98,8 @@ def _read_tiny_vit(tensors: Mapping[str, Tensor], title: str) -> TinyViTConfig:
         heads=tuple(heads for heads, _ in tables),
         # A bias for every pair of distances down and across.
         windows=tuple(math.isqrt(offsets) for _, offsets in tables),
-        expand=max(1, shapes.of(layer.format(0) + "blocks.0.conv1.c.weight", 4)[0] // widths[0]),
-        mlp_ratio=max(1, shapes.of(layer.format(1) + "blocks.0.mlp.fc1.weight", 2)[0] // widths[1]),
+        bottleneck=shapes.of(layer.format(0) + "blocks.0.conv1.c.weight", 4)[0],
+        mlp_dims=tuple(shapes.of(layer.format(i) + "blocks.0.mlp.fc1.weight", 2)[0] for i in range(1, _STAGES)),
         decoder=read_decoder(shapes),
     )
 
@@ -227,9 +227,9 @@ class _Stage(nn.Module):
         for _ in range(config.depths[number]):
             if number:
                 heads, window = config.heads[number - 1], config.windows[number - 1]
-                blocks.append(_Block(width, heads, window, config.mlp_ratio))
+                blocks.append(_Block(width, heads, window, config.mlp_dims[number - 1]))
             else:
-                blocks.append(_InvertedBottleneck(width, config.expand))
+                blocks.append(_InvertedBottleneck(width, config.bottleneck))
         self.blocks = nn.ModuleList(blocks)
         self.downsample: nn.Module | None = None
         if number + 1 < _STAGES:
@@ -242,11 +242,11 @@ class _Stage(nn.Module):
 
 
 class _InvertedBottleneck(nn.Module):
-    def __init__(self, width: int, expand: int) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
-        self.conv1 = _ConvNorm(width, expand * width, 1)
-        self.conv2 = _ConvNorm(expand * width, expand * width, 3, groups=expand * width)
-        self.conv3 = _ConvNorm(expand * width, width, 1)
+        self.conv1 = _ConvNorm(width, hidden, 1)
+        self.conv2 = _ConvNorm(hidden, hidden, 3, groups=hidden)
+        self.conv3 = _ConvNorm(hidden, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.gelu(self.conv2(F.gelu(self.conv1(x))))
@@ -268,12 +268,12 @@ class _Merging(nn.Module):
 class _Block(nn.Module):
     """Attention within windows, a depthwise convolution, a perceptron; (B, C, H, W) in and out."""
 
-    def __init__(self, width: int, heads: int, window: int, mlp_ratio: int) -> None:
+    def __init__(self, width: int, heads: int, window: int, mlp_dim: int) -> None:
         super().__init__()
         self.window = window
         self.attn = _Attention(width, heads, window)
         self.local_conv = _ConvNorm(width, width, 3, groups=width)
-        self.mlp = _Perceptron(width, mlp_ratio * width)
+        self.mlp = _Perceptron(width, mlp_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self._windowed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
