@@ -9,7 +9,7 @@ one takes at most ``MEMORY_FACTOR`` times its size and ``MEMORY_FLOOR`` bytes, w
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,15 @@ _DTYPES = frozenset({
     torch.int8, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool,
 })  # fmt: skip
 """Those that an artifact holds and a network computes with."""
-_WRAPPERS = ("model", "state_dict")
+_WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "net", "sam", "sam_model", "ema", "model_ema")
+"""Where scripts keep a state dict beside other things; of several in one file the first counts, so that averaged
+weights are taken where there are no others."""
+_MOST_WRAPPERS = 4
+"""One within the other; a pickle's dictionary can hold itself."""
+_PREFIXES = ("module.", "model.", "net.", "sam.", "sam_model.", "_orig_mod.")
+"""What all keys begin with where a network was an attribute of another: of nn.DataParallel, of a training script's
+module, or of what torch.compile gives."""
+_PLAIN = (int, float, str, type(None))
 _DECODER_PARTS = {"PromtEncoder": "prompt_encoder.", "PromptEncoder": "prompt_encoder.", "MaskDecoder": "mask_decoder."}
 """How MobileSAMv2's file of a decoder alone is laid out (its spelling), and what its keys begin with in a whole SAM."""
 _ENCODER = "image_encoder."
@@ -44,10 +52,12 @@ _LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e"
 class Checkpoint:
     """The tensors of a file, and what was around them.
 
-    ``tensors`` maps a key, wrappers and ``module.`` prefix removed, to a CPU tensor, often memory-mapped.
-    ``container`` is ``zip``, ``legacy`` or ``safetensors``. ``wrapper`` tells where the state dict lay
-    (``""``, ``"model"``, ``"state_dict"``; ``"parts"`` for a decoder's file that has a state dict a part), ``prefix``
-    what every key began with. ``path`` is the encoder's file where there were two.
+    ``tensors`` maps a key, wrappers and prefix removed, to a CPU tensor, often memory-mapped. ``container`` is
+    ``zip``, ``legacy`` or ``safetensors``. ``wrapper`` tells where the state dict lay (``""``, ``"model"``,
+    ``"state_dict.model"`` for one within another; ``"parts"`` for a decoder's file that has a state dict a part),
+    ``prefix`` what every key began with (``"module."``, ``"model._orig_mod."``). ``passed_over`` names the numbers and
+    strings that lay among the tensors. Where there were two files ``path``, ``container`` and ``wrapper`` are the
+    encoder's, and ``prefix`` is empty, for their keys became those of one.
     """
 
     path: Path
@@ -55,6 +65,7 @@ class Checkpoint:
     container: str
     wrapper: str
     prefix: str
+    passed_over: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -151,10 +162,19 @@ def read_checkpoint(
     else:
         pickled = read_zip(path, name) if container == "zip" else read_legacy(path, name)
         content = pickled.content
-    wrapper, state = _unwrap(content, name)
+    wrapper, state, passed_over = _unwrap(content, name)
     tensors = _checked(state if pickled is None else tensors_of(pickled, state), name)
-    prefix = "module." if all(key.startswith("module.") for key in tensors) else ""
-    return Checkpoint(path, {key[len(prefix) :]: value for key, value in tensors.items()}, container, wrapper, prefix)
+    prefix = _prefix_of(tensors)
+    bare = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return Checkpoint(path, bare, container, wrapper, prefix, passed_over)
+
+
+def _prefix_of(keys: Collection[str]) -> str:
+    """All of ``_PREFIXES``, one after another, that every key begins with and goes on behind."""
+    found = ""
+    while keys and (more := next((p for p in _PREFIXES if all(k.startswith(p, len(found)) for k in keys)), "")):
+        found += more
+    return found if all(len(key) > len(found) for key in keys) else ""
 
 
 def _printable(name: str) -> str:
@@ -174,24 +194,25 @@ def _joined(encoder: Checkpoint, encoder_name: str, decoder: Checkpoint, decoder
     # Where some keys have the prefix and some do not, they stay as they are, for the layout's check to name them.
     prefixed = any(key.startswith(_ENCODER) for key in encoder.tensors)
     whole = {key if prefixed else _ENCODER + key: value for key, value in encoder.tensors.items()}
-    return replace(encoder, tensors=whole | dict(decoder.tensors))
+    passed_over = encoder.passed_over + decoder.passed_over
+    return replace(encoder, tensors=whole | dict(decoder.tensors), prefix="", passed_over=passed_over)
 
 
-def _unwrap(content: Any, name: str) -> tuple[str, dict[str, Any]]:
-    """Where the state dict lies, and what it holds: names to tensors, or to the plans of tensors."""
-    wrapper = ""
+def _unwrap(content: Any, name: str) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """Where the state dict lies, what it holds, names to tensors or to the plans of tensors, and the names of what
+    else lay among them."""
+    wrappers: list[str] = []
     if isinstance(content, Mapping):
-        for key in _WRAPPERS:
-            if isinstance(content.get(key), Mapping):
-                wrapper, content = key, content[key]
-                break
+        while len(wrappers) < _MOST_WRAPPERS and (inner := _wrapper_in(content)):
+            wrappers.append(inner)
+            content = content[inner]
         if content and all(key in _DECODER_PARTS and isinstance(part, Mapping) for key, part in content.items()):
-            wrapper = "parts"
+            wrappers = ["parts"]
             if len({_DECODER_PARTS[key] for key in content}) < len(content):
                 raise CheckpointError(f"{name} has a part twice: {', '.join(map(_shown, content))}")
             content = {
                 _DECODER_PARTS[key] + name if isinstance(name, str) else name: value
-                for key, part in content.items() for name, value in part.items()
+                for key, part in content.items() for name, value in _without_prefix(part).items()
             }  # fmt: skip
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{name} holds {_kind(content)}; a state dict (names to tensors) was expected")
@@ -200,14 +221,35 @@ def _unwrap(content: Any, name: str) -> tuple[str, dict[str, Any]]:
     for key, value in content.items():
         if isinstance(value, Other) and value.tensor:
             raise CheckpointError(f"{name}: {_shown(key)} is {value.what}; dense ones are read")
+    tensors = {key: value for key, value in content.items() if _is_tensor(value)}
+    # Scripts put an epoch, a name or a version beside the weights; whatever else is there may be weights of some form.
+    passed_over = tuple(key for key, value in content.items() if tensors and isinstance(value, _PLAIN))
+    known = tensors.keys() | set(passed_over)
     strange = [f"{_shown(key)} ({_kind(value)})" for key, value in content.items()
-               if not isinstance(key, str) or not isinstance(value, (Tensor, TensorPlan))]  # fmt: skip
+               if not isinstance(key, str) or key not in known]  # fmt: skip
     if strange:
         raise CheckpointError(f"{name} is no plain state dict: {', '.join(strange[:5])} should be names with tensors")
     for key in content:
         if not key.isprintable() or len(key) > MAX_KEY:
             raise CheckpointError(f"{name}: {_shown(key)} names no tensor; up to {MAX_KEY} printable characters do")
-    return wrapper, dict(content)
+    return ".".join(wrappers), tensors, passed_over
+
+
+def _wrapper_in(content: Mapping[Any, Any]) -> str:
+    """Under which of ``_WRAPPERS`` the state dict lies; "" where the names of tensors show that this is one."""
+    if any(isinstance(key, str) and "." in key and _is_tensor(value) for key, value in content.items()):
+        return ""
+    return next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), "")
+
+
+def _without_prefix(part: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    """A part of a decoder's file, whose tensors may have a prefix of their own."""
+    prefix = _prefix_of([key for key, value in part.items() if isinstance(key, str) and _is_tensor(value)])
+    return {key.removeprefix(prefix) if isinstance(key, str) else key: value for key, value in part.items()}
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, (Tensor, TensorPlan))
 
 
 def _checked(tensors: Mapping[str, Tensor], name: str) -> Mapping[str, Tensor]:
@@ -222,7 +264,7 @@ def _checked(tensors: Mapping[str, Tensor], name: str) -> Mapping[str, Tensor]:
 def _kind(value: Any) -> str:
     if isinstance(value, Other):
         return value.what
-    return "a Tensor" if isinstance(value, (Tensor, TensorPlan)) else f"a {type(value).__name__}"
+    return "a Tensor" if _is_tensor(value) else f"a {type(value).__name__}"
 
 
 def _shown(key: Any) -> str:

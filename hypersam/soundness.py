@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
+from hypersam.checkpoint import Checkpoint
 from hypersam.errors import NotFinite
 from hypersam.sam.detect import Detected
 
@@ -35,14 +36,18 @@ def check_measurable(names: tuple[str, ...], *, measured: bool) -> None:
         )
 
 
-def notices_of(tensors: Mapping[str, Tensor], odd: tuple[str, ...], detected: Detected) -> tuple[str, ...]:
-    """What a report says of a variant that is a guess, and of tensors stored as they are for what they hold."""
+def notices_of(checkpoint: Checkpoint, odd: tuple[str, ...], detected: Detected) -> tuple[str, ...]:
+    """What a report says of a variant that is a guess, of tensors stored as they are for what they hold, and of what is
+    not stored."""
+    tensors = checkpoint.tensors
     whole = tuple(name for name, tensor in tensors.items() if not tensor.is_floating_point())
     found = list(detected.doubts)
     if odd:
         found.append(f"NaN or infinity, stored as they are: {some(odd)}")
     if whole:
         found.append(f"whole numbers or truth values, stored as they are: {some(whole)}")
+    if checkpoint.passed_over:
+        found.append(f"no tensors, passed over: {some(checkpoint.passed_over)}")
     return tuple(found)
 
 

@@ -128,6 +128,7 @@ def decompress_command(
 @app.command("inspect")
 def inspect_command(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Checkpoint or artifact.")],
+    decoder: Decoder = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     report: Annotated[bool, typer.Option("--report", help="Show how faithful a compressed model is.")] = False,
     plot: Annotated[Path | None, typer.Option(help="Draw the report into this .svg or .png file.")] = None,
@@ -136,7 +137,7 @@ def inspect_command(
     """Tell what a checkpoint or artifact holds."""
     from hypersam.cli.offline import run_inspect
 
-    run_inspect(file, tensors, report, plot, as_json)
+    run_inspect(file, decoder, tensors, report, plot, as_json)
 
 
 @app.command("segment")

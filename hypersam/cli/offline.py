@@ -15,7 +15,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 
 from hypersam import compression
-from hypersam.checkpoint import read_checkpoint, sha256_of
+from hypersam.checkpoint import MAX_KEY, Source, sha256_of
 from hypersam.cli.main import print_json
 from hypersam.engine import Prompt, check_prompts, check_suits, predict
 from hypersam.errors import InvalidOption, NotACheckpoint, PromptError, artifact_errors
@@ -116,14 +116,19 @@ def _fidelity(report: Mapping[str, Any]) -> str:
 
 
 def run_decompress(artifact: Path, target: Path, as_json: bool) -> None:
-    """Write the dense tensors, under a temporary name first."""
+    """Write the dense tensors under the keys of the source, under a temporary name first.
+
+    A prefix that all keys of the source had is given back. What lay around or among its tensors is not, for a
+    safetensors file holds tensors alone; of two files it is the one that they make together.
+    """
     from safetensors.torch import save_file
 
     from kernels.artifact import open_artifact
 
     part = target.with_name(target.name + ".part")
     with artifact_errors(), open_artifact(_existing(artifact), verify=False) as opened:
-        state = {key: value.contiguous() for key, value in opened.state_dict().items()}
+        prefix = _prefix_of(opened.source)
+        state = {prefix + key: value.contiguous() for key, value in opened.state_dict().items()}
     try:
         save_file(state, part)
         part.replace(target)
@@ -135,9 +140,17 @@ def run_decompress(artifact: Path, target: Path, as_json: bool) -> None:
         Console().print(f"{len(state)} tensors, {target.stat().st_size / 1e6:.2f} MB: {target}")
 
 
-def run_inspect(file: Path, tensors: bool, report: bool, plot: Path | None, as_json: bool) -> None:
-    """Print what a file holds; with ``report`` or ``plot`` how faithful a compressed model is."""
-    found = describe(_existing(file))
+def _prefix_of(source: Mapping[str, Any]) -> str:
+    """Of the source's keys, as the header has it; nothing where that is none that a key could begin with."""
+    prefix = source.get("prefix", "")
+    return prefix if isinstance(prefix, str) and prefix.isprintable() and len(prefix) < MAX_KEY else ""
+
+
+def run_inspect(
+    file: Path, decoder: Path | None, tensors: bool, report: bool, plot: Path | None, as_json: bool
+) -> None:
+    """Print what a file holds, or two; with ``report`` or ``plot`` how faithful a compressed model is."""
+    found = describe(_existing(file), decoder and _existing(decoder))
     if (report or plot) and found["kind"] != "artifact":
         raise InvalidOption(f"{file.name} is a checkpoint; only a compressed model has a report")
     if plot is not None:
@@ -176,20 +189,26 @@ def _print_report(found: Mapping[str, Any]) -> None:
     )
 
 
-def describe(file: Path) -> dict[str, Any]:
-    """What ``hypersam inspect`` tells of a checkpoint or artifact, ready for JSON."""
+def describe(file: Path, decoder: Path | None = None) -> dict[str, Any]:
+    """What ``hypersam inspect`` tells of a checkpoint or artifact, ready for JSON.
+
+    ``decoder``: as ``compress`` takes it; the bytes are those of both files then, the hash is the first one's.
+    """
     if is_artifact(file):
+        if decoder is not None:
+            raise InvalidOption(f"{file.name} is a compressed model, which has its decoder in it")
         return describe_artifact(file)
-    checkpoint = read_checkpoint(file)
+    source = Source(file, decoder)
+    checkpoint = source.read()
     sha256 = sha256_of(file)
-    detected = detect(checkpoint.tensors).told(sha256=sha256, name=file.name)
-    size = file.stat().st_size
+    detected = detect(checkpoint.tensors).told(sha256=sha256, name=file.name, two_files=decoder is not None)
+    size = source.bytes
     return {
         "kind": "checkpoint", "family": detected.family, "variant": detected.variant,
         "candidates": list(detected.candidates), "decided_by": detected.decided_by,
         "notices": list(detected.doubts), "parameters": checkpoint.parameters, "bytes": size,
         "sha256": sha256, "container": checkpoint.container, "wrapper": checkpoint.wrapper,
-        "prefix": checkpoint.prefix, "config": detected.config.as_dict(),
+        "prefix": checkpoint.prefix, "passed_over": list(checkpoint.passed_over), "config": detected.config.as_dict(),
         "ratio": 1.0, "bits_per_weight": 8 * size / checkpoint.parameters,
         "tensors": [{"name": k, "shape": list(t.shape), "dtype": str(t.dtype).removeprefix("torch.")}
                     for k, t in checkpoint.tensors.items()],

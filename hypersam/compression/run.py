@@ -100,7 +100,7 @@ def compress(
             for name, e in encoded.items() if not job.detected.described.carries(name)
         ),
         source_sha256=job.sha256, artifact_sha256=artifact_sha256, fidelity=compared,
-        notices=notices_of(job.tensors, job.odd, job.detected), **sizes(encoded, artifact_bytes),
+        notices=notices_of(job.checkpoint, job.odd, job.detected), **sizes(encoded, artifact_bytes),
         tensors=tuple(
             tensor_report(name, t.encoded, t.sqnr_db, moves.get(name)) for name, t in found.items()
         ),
@@ -155,7 +155,7 @@ def plan(
         sqnr_db=decibels(math.fsum(energy.values()), math.fsum(made.squared_error.values())),
         seconds=time.perf_counter() - began, stage_seconds=job.seconds, source_bytes=source_bytes, fp32_bytes=full,
         artifact_bytes=nbytes, source_sha256=job.sha256,
-        notices=notices_of(job.tensors, job.odd, job.detected), tensors=tuple(rows),
+        notices=notices_of(job.checkpoint, job.odd, job.detected), tensors=tuple(rows),
     )  # fmt: skip
 
 

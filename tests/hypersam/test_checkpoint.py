@@ -8,12 +8,14 @@ import os
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import hypersam
 from benchmarks.random_sam import layout
 from hypersam.checkpoint import container_of, read_checkpoint, sha256_of
 from hypersam.errors import CheckpointError, HypersamError
@@ -38,16 +40,73 @@ def code_of(path: Path) -> str:
     return caught.value.code
 
 
-@pytest.mark.parametrize("wrapper", ["", "model", "state_dict"])
-@pytest.mark.parametrize("prefix", ["", "module."])
+@pytest.mark.parametrize(
+    "wrapper",
+    ["", "model", "state_dict", "model_state_dict", "module", "net", "sam_model", "ema", "state_dict.model",
+     "model.state_dict", "model.module.net.sam"],
+)  # fmt: skip
+@pytest.mark.parametrize("prefix", ["", "module.", "module.module.", "model.", "_orig_mod.module.", "sam._orig_mod."])
 def test_wrappers_and_prefixes_are_removed(tmp_path: Path, wrapper: str, prefix: str) -> None:
     state = official_sam().state_dict()
-    content = {prefix + k: v for k, v in state.items()}
-    torch.save({wrapper: content} if wrapper else content, tmp_path / "a.pth")
+    content: dict[str, Any] = {prefix + k: v for k, v in state.items()}
+    for name in reversed(wrapper.split(".") if wrapper else []):
+        content = {name: content, "epoch": 3, "rng": torch.zeros(4)}
+    torch.save(content, tmp_path / "a.pth")
     checkpoint = read_checkpoint(tmp_path / "a.pth")
     assert (checkpoint.wrapper, checkpoint.prefix, checkpoint.container) == (wrapper, prefix, "zip")
     assert checkpoint.tensors.keys() == state.keys()
     assert all(torch.equal(checkpoint.tensors[k], v) for k, v in state.items())
+
+
+def test_averaged_weights_are_taken_where_there_are_no_others(tmp_path: Path) -> None:
+    torch.save({"ema": {"w": torch.ones(2)}, "model": {"w": torch.zeros(2)}}, tmp_path / "both.pth")
+    both = read_checkpoint(tmp_path / "both.pth")
+    assert (both.wrapper, both.tensors["w"].tolist()) == ("model", [0, 0])
+    torch.save({"ema": {"w": torch.ones(2)}, "model": None}, tmp_path / "one.pth")
+    assert read_checkpoint(tmp_path / "one.pth").wrapper == "ema"
+
+
+def test_weights_are_not_left_for_what_lies_among_them(tmp_path: Path) -> None:
+    state = official_sam().state_dict()
+    torch.save({**state, "ema": {"decay": torch.ones(1)}}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"'ema' \(a dict\) should be names with tensors"):
+        read_checkpoint(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("keys", "prefix"),
+    [
+        (["module.a", "module.b"], "module."),
+        (["module.a", "b"], ""),  # not of all
+        (["module.", "module.a"], ""),  # nothing is left of one
+        (["module.module.a", "module.b"], "module."),
+        (["modules.a", "modules.b"], ""),
+    ],
+)
+def test_a_prefix_is_that_of_all_keys(tmp_path: Path, keys: list[str], prefix: str) -> None:
+    torch.save({key: torch.zeros(1) for key in keys}, tmp_path / "a.pth")
+    found = read_checkpoint(tmp_path / "a.pth")
+    assert (found.prefix, [found.prefix + key for key in found.tensors]) == (prefix, keys)
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_numbers_and_strings_among_the_weights_are_passed_over_and_named(tmp_path: Path, prefix: str) -> None:
+    state = official_sam().state_dict()
+    plain = {"epoch": 3, "best": 0.5, "name": "vit", "done": True, "seed": None}
+    torch.save({prefix + k: v for k, v in state.items()} | plain, tmp_path / "a.pth")
+    found = read_checkpoint(tmp_path / "a.pth")
+    assert (found.tensors.keys(), found.prefix, found.passed_over) == (state.keys(), prefix, tuple(plain))
+    planned = hypersam.plan(tmp_path / "a.pth", options={"policy": "equal_error"})
+    assert "no tensors, passed over: epoch, best, name, done, seed" in planned.notices
+    torch.save(state, tmp_path / "b.pth")
+    assert not [n for n in hypersam.plan(tmp_path / "b.pth", options={"policy": "equal_error"}).notices if "over" in n]
+
+
+def test_a_dictionary_within_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["model"] = content
+    torch.save(content, tmp_path / "a.pth")
+    assert code_of(tmp_path / "a.pth") == "bad_checkpoint"
 
 
 def test_all_containers_give_the_same_tensors(tmp_path: Path) -> None:
@@ -149,7 +208,10 @@ def test_a_zip_of_something_else_is_refused(tmp_path: Path) -> None:
         ({"model": {}}, "empty_checkpoint"),
         ([torch.zeros(2)], "bad_checkpoint"),
         (torch.zeros(2), "bad_checkpoint"),
-        ({"epoch": 3, "w": torch.zeros(2)}, "bad_checkpoint"),
+        ({"epoch": 3}, "bad_checkpoint"),
+        ({"epoch": [3], "w": torch.zeros(2)}, "bad_checkpoint"),
+        ({"args": argparse.Namespace(lr=1), "w": torch.zeros(2)}, "bad_checkpoint"),
+        ({1: 3, "w": torch.zeros(2)}, "bad_checkpoint"),
         ({1: torch.zeros(2)}, "bad_checkpoint"),
         ({"w": torch.zeros(2, 2).to_sparse()}, "bad_checkpoint"),
         ({"w": torch.zeros(2, dtype=torch.complex64)}, "bad_checkpoint"),

@@ -10,9 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import hypersam
+from hypersam.cli.offline import run_decompress
+from kernels.artifact import RawTensor, write
 from tests.models import official_sam, save_checkpoint
 
 
@@ -98,6 +102,38 @@ def test_decompress_gives_every_key_back(folder: Path) -> None:
         assert back[name].dtype == weight.dtype
         assert float((back[name] - weight).norm()) <= 0.35 * float(weight.norm()), name
     run("compress", folder / "back.safetensors", folder / "twice.hsam")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model._orig_mod."])
+def test_decompress_names_tensors_as_the_source_did(tmp_path: Path, prefix: str) -> None:
+    source = {prefix + key: weight for key, weight in official_sam().state_dict().items()}
+    torch.save({"state_dict": source}, tmp_path / "a.pth")
+    hypersam.compress(tmp_path / "a.pth", tmp_path / "a.hsam", codec="birkhoff", options={"fidelity": False})
+    run_decompress(tmp_path / "a.hsam", tmp_path / "back.safetensors", as_json=True)
+    back = load_file(tmp_path / "back.safetensors")
+    assert {k: (t.shape, t.dtype) for k, t in back.items()} == {k: (t.shape, t.dtype) for k, t in source.items()}
+
+
+@pytest.mark.parametrize("prefix", [None, 3, ["module."], "x" * 1_000_000, "a\nb."])
+def test_decompress_gives_no_prefix_that_no_key_could_have(tmp_path: Path, prefix: object) -> None:
+    write(
+        tmp_path / "a.hsam", {"w": RawTensor(torch.zeros(2))}, codec={}, model={}, report={},
+        source={"prefix": prefix},
+    )  # fmt: skip
+    run_decompress(tmp_path / "a.hsam", tmp_path / "back.safetensors", as_json=True)
+    assert load_file(tmp_path / "back.safetensors").keys() == {"w"}
+
+
+def test_inspect_takes_a_decoder(tmp_path: Path) -> None:
+    state = official_sam().state_dict()
+    encoder = {k: v for k, v in state.items() if k.startswith("image_encoder.")}
+    torch.save(encoder, tmp_path / "encoder.pt")
+    torch.save({k: v for k, v in state.items() if k not in encoder}, tmp_path / "decoder.pt")
+    found = run_json("inspect", tmp_path / "encoder.pt", "--decoder", tmp_path / "decoder.pt")
+    assert (found["family"], len(found["tensors"])) == ("sam_vit", len(state))
+    assert "image encoder alone" in run("inspect", tmp_path / "encoder.pt", code=1).stderr
+    missing = run("inspect", tmp_path / "encoder.pt", "--decoder", tmp_path / "none.pt", code=1)
+    assert "there is no file" in missing.stderr
 
 
 def test_inspect_tells_checkpoints_and_artifacts_apart(folder: Path) -> None:

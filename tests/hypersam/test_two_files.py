@@ -11,6 +11,7 @@ import hypersam
 from benchmarks import random_sam
 from benchmarks.random_sam import layout
 from hypersam.checkpoint import read_checkpoint
+from hypersam.cli.offline import describe
 from hypersam.errors import CheckpointError, InvalidOption, UnknownFamily
 from hypersam.sam.detect import detect
 from tests.models import official_sam
@@ -37,6 +38,30 @@ def test_both_together_are_the_whole(tmp_path: Path, prefixed: bool) -> None:
     read = read_checkpoint(encoder, decoder)
     assert read.tensors.keys() == whole.keys()
     assert all(torch.equal(read.tensors[k], v) for k, v in whole.items())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
+def test_each_file_and_each_part_may_have_a_prefix_of_its_own(tmp_path: Path, prefix: str) -> None:
+    encoder, decoder = halves(tmp_path)
+    torch.save({"state_dict": {f"module.{k}": v for k, v in torch.load(encoder).items()}}, encoder)
+    parts = torch.load(decoder)
+    parts["MaskDecoder"] = {prefix + k: v for k, v in parts["MaskDecoder"].items()} | {"epoch": 3}
+    torch.save({"model": parts}, decoder)
+    read = read_checkpoint(encoder, decoder)
+    assert read.tensors.keys() == official_sam(seed=3).state_dict().keys()
+    assert (read.wrapper, read.prefix, read.passed_over) == ("state_dict", "", ("mask_decoder.epoch",))
+    detect(read.tensors)
+
+
+def test_inspect_tells_of_both(tmp_path: Path) -> None:
+    encoder, decoder = halves(tmp_path)
+    found = describe(encoder, decoder)
+    assert (found["kind"], found["family"]) == ("checkpoint", "sam_vit")
+    assert found["bytes"] == encoder.stat().st_size + decoder.stat().st_size
+    assert len(found["tensors"]) == len(official_sam(seed=3).state_dict())
+    hypersam.compress(encoder, tmp_path / "a.hsam", decoder=decoder, codec="birkhoff", options={"fidelity": False})
+    with pytest.raises(InvalidOption, match="has its decoder in it"):
+        describe(tmp_path / "a.hsam", decoder)
 
 
 def test_they_are_compressed_into_one_model(tmp_path: Path) -> None:
