@@ -61,7 +61,7 @@ def test_every_key_that_is_missing_is_named_and_no_other(name: str) -> None:
         said = refusal({k: v for k, v in whole.items() if k != key})
         # By the check of all keys, or where a size is read off this one.
         listed = said.endswith(f"({title_of(found)}); missing: {key}")
-        assert listed or said.endswith(f"checkpoint needs {key!r}, which is missing"), said
+        assert listed or said.endswith(f"checkpoints need {key!r}, which is missing"), said
 
 
 @pytest.mark.parametrize("name", BLOCKS)

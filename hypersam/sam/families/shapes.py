@@ -24,7 +24,7 @@ class Shapes:
     def of(self, key: str, dims: int) -> tuple[int, ...]:
         """The shape of a tensor with ``dims`` dimensions, none of them empty. Raises LayoutMismatch."""
         if key not in self._tensors:
-            raise LayoutMismatch(f"a {self._family} checkpoint needs {key!r}, which is missing")
+            raise LayoutMismatch(f"{self._family} checkpoints need {key!r}, which is missing")
         shape = tuple(self._tensors[key].shape)
         if len(shape) != dims or 0 in shape:
             raise LayoutMismatch(f"{key!r} has shape {shape}; {dims} dimensions were expected")
