@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 import struct
 import warnings
 import zlib
@@ -15,25 +14,17 @@ import numpy as np
 from contourpy import FillType, contour_generator
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
-from PIL.TiffImagePlugin import TiffImageFile
+from PIL.BmpImagePlugin import BmpImageFile
 from pycocotools import mask as coco
 
 from hypersam.errors import ImageError, ImageTooLarge
+from hypersam.picture_parts import essential
 
 MAX_PIXELS = 64_000_000
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 
 _AT_ONCE = 1 << 20  # pixels
 _ORIENTATION = 0x0112
-_TILE_SIDES = (322, 323)  # TIFF tags
-MAX_TILE = 1 << 22
-"""Pixels of a TIFF's tile, where the picture has fewer: a tile is decoded whole."""
-MAX_SCANS = 100
-"""Of a JPEG, as libtiff has it: each may take a few bytes and costs a pass over all pixels. Ten are usual."""
-MAX_SEGMENTS = 4096
-"""Of a JPEG besides: a colour profile takes up to 255."""
-_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xfe]")
-"""What begins one; not a stuffed byte, nor a restart in the middle of a scan."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -48,22 +39,21 @@ _TURNS = {
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """An encoded picture as RGB pixels (uint8, H x W x 3), turned as its EXIF orientation says.
 
-    The size is read from the header and held against ``max_pixels`` before a pixel is decoded, and so are the tiles
-    of TIFFs and the number of scans in JPEGs. Transparent
-    pictures are laid on white, 16-bit ones scaled to 8, of animated ones the first frame is taken, colour profiles are
-    ignored as SAM's own code does: docs/pictures.md has a row for each sort. Takes up to 20 bytes a pixel. Raises
-    ImageError or ImageTooLarge.
+    The size is read from the header and held against ``max_pixels`` before a pixel is decoded; of the file only what
+    pixels need is read (``picture_parts``). Transparent pictures are laid on white, 16-bit ones scaled to 8, of
+    animated ones the first frame is taken, colour profiles are ignored as SAM's own code does: docs/pictures.md has a
+    row for each sort. Takes up to 20 bytes a pixel, 32 MiB and as much again as ``data``. Raises ImageError or
+    ImageTooLarge.
     """
     try:
         with warnings.catch_warnings():
             # Pillow warns of large pictures, where the limit here is the service's own, and of odd EXIF blocks.
             warnings.simplefilter("ignore")
-            _check_jpeg(data)
-            with Image.open(io.BytesIO(data), formats=_FORMATS) as opened:
+            with Image.open(essential(data), formats=_FORMATS) as opened:
                 width, height = opened.size
                 if width * height > max_pixels:
                     raise ImageTooLarge(f"the picture has {width} x {height} pixels; at most {max_pixels} are accepted")
-                _check_tiles(opened)
+                _unpack_runs(opened, data)
                 return _rgb(_upright(opened))
     except ImageError:
         raise
@@ -90,30 +80,22 @@ def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> NDArray[np.uin
         raise ImageError(f"the picture is truncated or damaged: {error}") from error
 
 
-def _check_jpeg(data: bytes) -> None:
-    """Refuse a JPEG of so many segments that it would take hours. Goes from marker to marker, decoding nothing."""
-    if not data.startswith(b"\xff\xd8\xff"):
+def _unpack_runs(image: Image.Image, data: bytes) -> None:
+    """Have a BMP of run lengths unpacked here, and give Pillow its rows."""
+    if not isinstance(image, BmpImageFile):
         return
-    scans = segments = place = 0
-    while found := _SEGMENT.search(data, place):
-        end = found.end()
-        marker = data[end - 1]
-        if marker == 0xD9:  # the end of the picture
-            return
-        scans += marker == 0xDA
-        segments += 1
-        if scans > MAX_SCANS or segments > MAX_SEGMENTS:
-            raise ImageError(f"the JPEG has more than {MAX_SCANS} scans or {MAX_SEGMENTS} segments")
-        place = end + int.from_bytes(data[end : end + 2], "big")
-
-
-def _check_tiles(image: Image.Image) -> None:
-    """Refuse a TIFF whose tiles are much larger than itself: what one tile takes is allocated and unpacked."""
-    if not isinstance(image, TiffImageFile):
+    (tile,) = image.tile
+    if tile.codec_name != "bmp_rle" or not isinstance(tile.args, tuple):
         return
-    width, height = (image.tag_v2.get(tag, 0) for tag in _TILE_SIDES)
-    if width * height > max(MAX_TILE, 2 * image.width * image.height):
-        raise ImageError(f"the TIFF's tiles have {width} x {height} pixels, many more than itself")
+    from hypersam.bmp_rle import unpacked  # compiled when first called, and such BMPs are rare
+
+    _, four_bits, direction = tile.args
+    indices = unpacked(np.frombuffer(data, np.uint8), tile.offset, image.width, image.height, four_bits)
+    if len(indices) < image.width * image.height:
+        raise ImageError("the picture is truncated or damaged: its runs end before its pixels")
+    image.fp = io.BytesIO(indices.tobytes())
+    rows = ("P" if image.mode == "P" else "L", 0, direction)
+    image.tile = [tile._replace(codec_name="raw", offset=0, args=rows)]
 
 
 def _upright(image: Image.Image) -> Image.Image:
