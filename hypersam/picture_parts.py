@@ -3,7 +3,7 @@
 Pillow's parsers go through all of a file in Python and keep what they find: a few MB of empty blocks hold a core for a
 minute, and gigabytes. So what is neither pixels nor their orientation never reaches them: other frames, comments,
 colour profiles, thumbnails, what programs add. Here a file is gone through in large steps whose number is bounded.
-What is kept is handed on as it is, damage included. It takes no more memory than the file.
+What is kept is handed on as it is, damage included: a copy no larger than the file.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def essential(data: bytes) -> io.BytesIO:
     if data.startswith(_TIFF_BEGINNINGS):
         return _tiff(data)
     if data.startswith(b"MM\0+"):
-        raise ImageError("big-endian BigTIFF is not read")
+        raise ImageError("big-endian BigTIFF is not read")  # nor by Pillow
     if data.startswith(b"BM") and int.from_bytes(data[14:18], "little") > MAX_BMP_HEADER:
         raise ImageError(f"{_DAMAGED}: no BMP has such a header")  # which would be read first
     return io.BytesIO(data)
