@@ -7,7 +7,7 @@ import io
 import json
 import time
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import numpy as np
@@ -17,6 +17,7 @@ from pycocotools import mask as coco
 from pydantic import AliasChoices
 
 from hypersam.images import from_rle, to_npy
+from service.images import decode_logits
 from service.schemas import SegmentRequest
 from tests.models import TINY
 from tests.service.running import Api, assert_problem, picture
@@ -200,6 +201,56 @@ def huge() -> str:
     """A header that announces eighty petabytes."""
     header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (99999999, 99999999), }".ljust(117) + b"\n"
     return b64(b"\x93NUMPY\x01\x00v\x00" + header)
+
+
+def headed(header: str, *, version: bytes = b"\x01\x00") -> str:
+    """A .npy file of such a header and one number."""
+    length = len(header).to_bytes(2 if version[0] == 1 else 4, "little")
+    return b64(b"\x93NUMPY" + version + length + header.encode("latin-1") + bytes(4))
+
+
+ODD_HEADERS = (
+    "(" * 128, "[" * 900, "-" * 1000, "{" * 900, "9" * 1000, "1+" * 400 + "1j", "'" * 99, "\\", "\0" * 99, "\xff", "",
+    "{'descr':'<f4','fortran_order':False,'shape':(1," + "9" * 900 + ")}",
+    "{'descr':'<f4','fortran_order':False,'shape':(True,1)}", "{'descr':'<f4','fortran_order':False,'shape':(-1,-1)}",
+    "{'descr':'|O','fortran_order':False,'shape':(1,1)}", "{'descr':'<f16','fortran_order':False,'shape':(1,1)}",
+    "{'descr':[('a','<f4')],'fortran_order':False,'shape':(1,1)}", "{'descr':'<f4','fortran_order':1,'shape':(1,1)}",
+    "{'descr':'<f4','fortran_order':False,'shape':(1,1)}" + " " * 2000, "{'descr':'<f4','fortran_order':False}",
+    "{'descr':'<f4','fortran_order':False,'shape':(1,1),'more':1}", "[]", "{}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("version", [b"\x01\x00", b"\x02\x00", b"\x03\x00", b"\x04\x00"], ids=lambda v: str(v[0]))
+def test_headers_of_logits_that_nobody_writes(version: bytes) -> None:
+    for header in ODD_HEADERS:
+        with pytest.raises(ValueError, match=r"^its? "):
+            decode_logits(headed(header, version=version))
+    fine = "{'descr': '<f4', 'fortran_order': False, 'shape': (1, 1), }  \n"
+    if version[0] < 4:
+        assert decode_logits(headed(fine, version=version)).tolist() == [[0.0]]
+    whole = base64.b64decode(headed(fine, version=version))
+    for cut in range(len(whole)):
+        with pytest.raises(ValueError, match=r"^its? "):
+            decode_logits(b64(whole[:cut]))
+
+
+@pytest.mark.parametrize("header", ODD_HEADERS[:3])
+def test_such_headers_are_bad_prompts(api: Api, model: str, header: str) -> None:
+    given = headed(header)
+    assert_problem(post(api, model=model, image=b64(picture()), mask_input=given, **CLICK), 422, "bad_prompt")
+    files: Any = {"image": picture(), "mask_input": ("a.npy", base64.b64decode(given))}
+    form = api.http.post("/segment", files=files, data={"model": model, "points": "[[30, 20]]"})
+    assert_problem(form, 422, "bad_prompt")
+
+
+@pytest.mark.parametrize("kind", ["<f2", ">f2", "<f4", ">f4", "<f8", ">f8"])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_logits_of_every_type_and_order(kind: str, order: Literal["C", "F"]) -> None:
+    values = np.arange(-6, 6).reshape(3, 4) / 4
+    assert decode_logits(npy(np.array(values, kind, order=order))).tolist() == values.tolist()
+    for bad in (np.inf, -np.inf, np.nan, *((1e7, 1e300)[: "248".index(kind[2])])):
+        with pytest.raises(ValueError, match="finite"):
+            decode_logits(npy(np.full((2, 2), bad, kind)))
 
 
 @pytest.mark.parametrize(
