@@ -24,8 +24,9 @@ from hypersam.checkpoint_pickle import MAX_PICKLE_BYTES, read_pickle
 from hypersam.checkpoint_tensors import TensorPlan
 from hypersam.errors import CheckpointError, NotACheckpoint
 
-MAX_HEADER_BYTES = 8 << 20
-"""Of a safetensors header; the largest official checkpoint's would take 80 kB."""
+MAX_HEADER_BYTES = 2 << 20
+"""Of a safetensors header; the largest official checkpoint's would take 80 kB. As Python's objects JSON takes up to 70
+times as much."""
 MAX_DIRECTORY_BYTES = 8 << 20
 """Of a zip file's list of members."""
 MAX_REUSE = 4

@@ -29,8 +29,9 @@ DTYPE_NAMES: dict[torch.dtype, str] = {
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 _DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
-MAX_HEADER_BYTES = 16 << 20
-"""Of the header, packed or not; that of SAM ViT-H takes 0.3 MB."""
+MAX_HEADER_BYTES = 2 << 20
+"""Of the header, packed or not; that of SAM ViT-H takes 0.3 MB. As Python's objects JSON takes up to 70 times
+as much."""
 MAX_DIMENSIONS = 64
 """As PyTorch has it."""
 WEIGHTS_PER_BYTE, FREE_WEIGHTS = 32, 1 << 24

@@ -164,6 +164,24 @@ def test_header_bombs(path: Path) -> None:
             open_artifact(path)
 
 
+def test_what_a_header_may_hold_takes_little_memory(path: Path) -> None:
+    """Lists in lists take the most of all JSON. Packed, so many take a few kB."""
+    unit = b"[" * 90 + b"]" * 90 + b","
+    packed(path, b'{"codec":[' + unit * ((MAX_HEADER_BYTES - 30) // len(unit)) + b"0]}")
+    assert path.stat().st_size < 1 << 17
+    measured = """
+try:
+    open_artifact(sys.argv[1])
+    raise SystemExit("it was read")
+except ArtifactError:
+    pass"""
+    before = "from kernels.artifact import open_artifact\nfrom kernels.errors import ArtifactError"
+    assert peak_bytes(before, measured, str(path)) < 200 << 20
+    packed(path, b'{"codec":[' + unit * (1 + MAX_HEADER_BYTES // len(unit)) + b"0]}")
+    with pytest.raises(ArtifactCorrupt, match="unpacked"):
+        open_artifact(path)
+
+
 def test_a_long_prefix_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "long.hsam"
     with path.open("wb") as file:
