@@ -9,7 +9,7 @@ from typing import Any
 from hypersam.allocation import POLICIES, Policy
 from hypersam.codecs import CODECS, DEFAULT_PRESETS, PRESETS
 from hypersam.errors import InvalidOption
-from kernels.codec.types import BirkhoffConfig
+from kernels.codec.types import BirkhoffConfig, shown
 
 MAX_RATIO = 32.0
 MAX_NODE_COUNTS = 16
@@ -58,7 +58,7 @@ def check_options(codec: str, options: Mapping[str, Any] | None = None) -> dict[
         raise InvalidOption(f"{codec} has no option {named}; it has {', '.join(sorted(known))}")
     fidelity = options.pop("fidelity", True)
     if not isinstance(fidelity, bool):
-        raise InvalidOption(f"fidelity must be true or false, not {_shown(fidelity)}")
+        raise InvalidOption(f"fidelity must be true or false, not {shown(fidelity)}")
     if codec == "birkhoff":
         return {**asdict(_config(options)), "fidelity": fidelity}
     given = [name for name in _GOALS if name in options]
@@ -66,7 +66,7 @@ def check_options(codec: str, options: Mapping[str, Any] | None = None) -> dict[
         raise InvalidOption(f"give one of {', '.join(_GOALS)}, not {' and '.join(given)}")
     policy = options.get("policy", "sensitivity")
     if policy not in POLICIES:
-        raise InvalidOption(f"unknown policy {_shown(policy)}; known: {', '.join(POLICIES)}")
+        raise InvalidOption(f"unknown policy {shown(policy)}; known: {', '.join(POLICIES)}")
     name = given[0] if given else "preset"
     value = options.get(name, DEFAULT_PRESETS[codec])
     return {name: _checked(name, value), "policy": policy, "fidelity": fidelity}
@@ -87,19 +87,14 @@ def goal_of(codec: str, options: Mapping[str, Any] | None = None) -> Goal:
 def _checked(name: str, value: Any) -> Any:
     if name == "preset":
         if not isinstance(value, str) or value not in PRESETS:
-            raise InvalidOption(f"unknown preset {_shown(value)}; known: {', '.join(PRESETS)}")
+            raise InvalidOption(f"unknown preset {shown(value)}; known: {', '.join(PRESETS)}")
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
-        raise InvalidOption(f"{name} must be a number, not {_shown(value)}")
+        raise InvalidOption(f"{name} must be a number, not {shown(value)}")
     low, high = {"target_ratio": (1.0, MAX_RATIO), "target_mb": (0.0, 1e6), "max_error": (0.0, 1.0)}[name]
     if not low < value <= high:  # compared as it is: a whole number may be too long for a float
-        raise InvalidOption(f"{name} must be over {low:g} and at most {high:g}, not {_shown(value)}")
+        raise InvalidOption(f"{name} must be over {low:g} and at most {high:g}, not {shown(value)}")
     return float(value)
-
-
-def _shown(value: Any) -> str:
-    """A value in a message: short, whatever it is."""
-    return repr(value)[:64] if isinstance(value, (str, int, float, bool, type(None))) else f"a {type(value).__name__}"
 
 
 def _config(options: Mapping[str, Any]) -> BirkhoffConfig:

@@ -77,7 +77,8 @@ def _within_budget(
             made = {name: fresh.get(name) or made[name] for name in job.tensors}
             choices = wanted
         size = job.prefix_bytes(made, moves, None) + reserve + sum(t.nbytes for t in made.values())
-        if best_size < size <= budget:
+        # The size is below zero where much more was asked for than the tensors take, all of which is then given back.
+        if size <= budget and (best is None or best_size < size):
             best, best_size = made, size
         if best is not None and (budget - best_size <= WITHIN * budget or not fresh):
             return best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
@@ -17,6 +18,16 @@ MAX_INDICES = 1 << 15
 
 #: Source types that are coded; everything else is kept as it is.
 CODED_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+_LARGEST = sys.float_info.max
+
+
+def shown(value: object) -> str:
+    """A value in a message: short, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > 200:  # Python does not write thousands of digits
+        return "one of many digits"
+    return repr(value)[:64] if isinstance(value, (str, int, float, type(None))) else f"a {type(value).__name__}"
 
 
 def _is_square(nodes: int) -> bool:
@@ -79,21 +90,22 @@ class BirkhoffConfig:
         for name in ("side", "target_error", "raw_above"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ValueError(f"{name} must be a number, not {value!r}")
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"{name} must be a finite number over 0, not {value!r}")
+                raise ValueError(f"{name} must be a number, not {shown(value)}")
+            if not 0 < value <= _LARGEST:  # compared as it is: a whole number may be too long for a float
+                raise ValueError(f"{name} must be a finite number over 0, not {shown(value)}")
+            object.__setattr__(self, name, float(value))
         if not 1e-30 <= self.side <= 1e30:
             raise ValueError(f"side must be from 1e-30 to 1e30, not {self.side!r}")
         for name in ("max_classes", "min_elements"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be a whole number from 1, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 63:
+                raise ValueError(f"{name} must be a whole number from 1, not {shown(value)}")
         object.__setattr__(self, "nodes", tuple(self.nodes))
         if not self.nodes:
             raise ValueError("nodes must name at least one node count")
         for count in self.nodes:
-            if isinstance(count, bool) or not isinstance(count, int) or not _is_square(count):
-                raise ValueError(f"nodes must be squares of whole numbers, not {count!r}")
+            if isinstance(count, bool) or not isinstance(count, int) or count >= 1 << 63 or not _is_square(count):
+                raise ValueError(f"nodes must be squares of whole numbers, not {shown(count)}")
             if count * (self.max_classes + 1) > MAX_INDICES:
                 raise ValueError(
                     f"nodes × (max_classes + 1) must be at most {MAX_INDICES}, not {count} × {self.max_classes + 1}"

@@ -306,6 +306,15 @@ def test_a_size_that_cannot_be_reached(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.pth"]
 
 
+def test_more_room_than_the_tensors_take(tmp_path: Path) -> None:
+    """All are then kept as exactly as the codec can."""
+    source = save_checkpoint(tmp_path / "tiny.pth")
+    options = {"target_mb": 1, "policy": "equal_error", "fidelity": False}
+    report = hypersam.compress(source, tmp_path / "a.hsam", options=options)
+    assert report.artifact_bytes < 2 * source.stat().st_size
+    assert report.sqnr_db is None or report.sqnr_db > 60
+
+
 def test_a_plan_predicts_the_artifact(tmp_path: Path) -> None:
     source = save_checkpoint(tmp_path / "a.pth", WIDE)
     for codec, ratio in (("lattice", 6.0), ("orbit", 7.5)):
