@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fastapi import FastAPI, Request, Response
@@ -10,6 +11,7 @@ from starlette.staticfiles import NotModifiedResponse, StaticFiles
 from starlette.types import Scope
 
 import hypersam
+from service.ranges import RangedFile
 
 STATIC = Path(__file__).parent / "static"
 CARRIED = Path(hypersam.__file__).parent / "assets"
@@ -42,6 +44,15 @@ class PageFiles(StaticFiles):
         kind = _TYPES.get(Path(path).suffix)
         if kind and not isinstance(response, NotModifiedResponse):
             response.headers["content-type"] = f"{kind}; charset=utf-8" if kind.startswith("text/") else kind
+        return response
+
+    def file_response(
+        self, full_path: str | os.PathLike[str], stat_result: os.stat_result, scope: Scope, status_code: int = 200
+    ) -> Response:
+        """Return a file or 304."""
+        response = RangedFile(full_path, stat_result, status_code=status_code)
+        if self.is_not_modified(response.headers, Headers(scope=scope)):
+            return NotModifiedResponse(response.headers)
         return response
 
     def is_not_modified(self, response_headers: Headers, request_headers: Headers) -> bool:

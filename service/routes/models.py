@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
+import os
+
 from anyio import to_thread
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
-from starlette.datastructures import Headers
-from starlette.types import Message, Receive, Scope, Send
 
 from hypersam.errors import UnknownModel
 from hypersam.store import ModelRecord
 from service.deps import State, StateDep
-from service.errors import RequestError, problem
+from service.ranges import RangedFile
 from service.schemas import Model, Models
 
 router = APIRouter(prefix="/models", tags=["models"])
 _BYTES = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
-
-
-class ArtifactFile(FileResponse):
-    """A file, or the parts that Range asks for. A range that it has not is refused as all else is, and not in plain
-    text, which is the framework's way."""
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        refusal: Message | None = None
-
-        async def pass_on(message: Message) -> None:
-            nonlocal refusal
-            if message["type"] == "http.response.start" and message["status"] >= 400:
-                refusal = message
-            if refusal is None:
-                await send(message)
-
-        await super().__call__(scope, receive, pass_on)
-        if refusal is None:
-            return
-        if refusal["status"] == 416:
-            size = Headers(raw=refusal["headers"])["content-range"]
-            answer = problem(
-                416, "range_not_satisfiable", "the file ends before this range", headers={"Content-Range": size}
-            )
-        else:
-            answer = problem(refusal["status"], RequestError.code, "Range names no bytes, as in bytes=0-99")
-        await answer(scope, receive, send)
 
 
 @router.get("", response_model=Models)
@@ -79,10 +51,13 @@ async def get_artifact(model_id: str, request: Request, state: StateDep) -> Resp
     if etag in known or "*" in known:
         return Response(status_code=304, headers={"ETag": etag})
     path = await to_thread.run_sync(state.store.artifact, record)
-    if not path.is_file():
-        raise UnknownModel(f"the artifact of {model_id!r} is gone from the data folder")
-    return ArtifactFile(
+    try:
+        found = await to_thread.run_sync(os.stat, path)
+    except FileNotFoundError:
+        raise UnknownModel(f"the artifact of {model_id!r} is gone from the data folder") from None
+    return RangedFile(
         path,
+        found,
         media_type="application/octet-stream",
         filename=f"{record.name}.hsam",
         headers={"ETag": etag, "Cache-Control": "no-cache"},
