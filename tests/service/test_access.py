@@ -228,6 +228,24 @@ def test_rates_are_counted_for_all_processes_together(tmp_path: Path) -> None:
                 service.stop()
 
 
+def test_what_a_client_says_of_its_address_does_not_count(tmp_path: Path) -> None:
+    """Not even on this host, where a proxy may be."""
+    with EmbeddedRedis(tmp_path / "redis") as redis:
+        service = Api(Settings(data_dir=tmp_path / "data", port=0, workers=0, device="cpu", register_default=False,
+                               redis_url=redis.url, rate_limit="3/minute", log_level="debug"))  # fmt: skip
+        try:
+            statuses = []
+            for number in range(6):
+                address = f"203.0.113.{number}"
+                said = {"X-Forwarded-For": address, "X-Real-IP": address, "Forwarded": f"for={address};proto=https"}
+                statuses.append(service.http.get("/models", headers=said).status_code)
+            assert statuses == [200] * 3 + [429] * 3
+        finally:
+            service.stop()
+        assert "127.0.0.1" in service.output()
+        assert "203.0.113." not in service.output()  # in the log it is who connected, too
+
+
 def test_a_password_of_redis_is_not_in_the_log(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path / "redis") as redis:
         connection = Redis.from_url(redis.url)
