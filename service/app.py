@@ -75,6 +75,7 @@ def create_app(settings: Settings) -> FastAPI:
         docs_url=None,  # the framework's own pages load scripts from other hosts; service.page has one that does not
         redoc_url=None,
         lifespan=lifespan,
+        redirect_slashes=False,  # such a redirect would lead to whatever host the client named
         responses={status: {"model": Problem, "headers": _LATER} for status in ("4XX", "5XX")},
     )
     app.openapi = lambda: document_of(app, secured(keys))  # type: ignore[method-assign]

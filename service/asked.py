@@ -26,8 +26,8 @@ from service.schemas import PictureBody, PromptBody, SegmentRequest
 JSON_OVERHEAD = 4 << 20  # bytes beside the picture; of a form, of each field: a mask input in digits takes 1.5 MB
 PLAIN_FORM = "application/x-www-form-urlencoded"
 _MOST_VALUES = 4_400_000
-"""Of a JSON body, counted by its commas: 64 mask inputs of 256 x 256 have 4.2 million. Read, they take some hundred MB;
-a body with room for a picture could hold ten times as many."""
+"""Of JSON: its commas, and twice its lists and objects, which take more memory, whatever is in them. 64 mask inputs of
+256 x 256 have 4.2 million. Read, they take some hundred MB; a body with room for a picture could hold many more."""
 _KINDS = f"send multipart/form-data, application/json or, without a picture, {PLAIN_FORM}"
 _AT_ONCE = 16 << 10  # bytes of JSON that are read in less time than a thread takes to wake
 _PROMPT_FIELDS = ("points", "point_coords", "point_labels", "labels", "box", "bbox", "mask_input", "prompts")
@@ -126,9 +126,13 @@ async def read_json(request: Request, settings: Settings) -> bytes:
         body = await read_body(request, limit)
     except BodyTooLarge as error:
         raise ImageTooLarge(f"the request has more than the {limit} bytes accepted") from error
-    if body.count(b",") > _MOST_VALUES:
-        raise RequestError(f"the request has more than {_MOST_VALUES} values; a picture's base64 is one")
+    _check_values(body.count(b",") + 2 * (body.count(b"[") + body.count(b"{")))
     return body
+
+
+def _check_values(count: int) -> None:
+    if count > _MOST_VALUES:
+        raise RequestError(f"the request has more than {_MOST_VALUES} values; a picture's base64 is one")
 
 
 async def parsed(parse: Callable[[bytes, Settings], T], body: bytes, state: State) -> T:
@@ -215,7 +219,9 @@ def _of_form(fields: Mapping[str, str], image: bytes | None, settings: Settings)
             values[name] = FLAGS.get(values[name].lower())
             if values[name] is None:
                 raise RequestError(f"{name} is true or false")
-    values |= {name: _json_field(name, fields[name]) for name in _PROMPT_FIELDS if fields.get(name)}
+    given = {name: fields[name] for name in _PROMPT_FIELDS if fields.get(name)}
+    _check_values(sum(text.count(",") + 2 * (text.count("[") + text.count("{")) for text in given.values()))
+    values |= {name: _json_field(name, text) for name, text in given.items()}
     try:
         wanted = SegmentRequest.model_validate(values)
     except ValidationError as error:

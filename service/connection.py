@@ -47,6 +47,7 @@ class _Connection(HttpToolsProtocol):
         self._in_head = True
         self._gone = False
         self._idle_bytes = 0  # received since the last that meant anything
+        self._head_bytes = 0  # of this request's line and headers, as far as the parser has told of them
         self._head: TimerHandle | None = None
         self._stall: TimerHandle | None = None
         self._refused: TimerHandle | None = None
@@ -69,24 +70,39 @@ class _Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take bytes, but not endlessly many that are neither a whole head nor a body."""
-        if self.transport.is_closing():
-            return
-        self._idle_bytes += len(data)
-        if self._in_head and self._at_rest():
-            self._expect_head()  # also where only line ends come, of which the parser says nothing
-        super().data_received(data)
-        if self.transport.is_closing():
-            self._expect_taken()
-        elif self._idle_bytes > MAX_HEAD_BYTES:
-            self._refuse(431, "head_too_large", f"the request's head has more than {MAX_HEAD_BYTES} bytes")
+        taken = 0
+        while taken < len(data) and not self.transport.is_closing():
+            if self._in_head and self._at_rest():
+                self._expect_head()  # also where only line ends come, of which the parser says nothing
+            # The system may give four times as much at once as a head may have. What is over is not parsed.
+            room = max(0, MAX_HEAD_BYTES - self._idle_bytes) if self._in_head else len(data)
+            piece = data[taken : taken + room]
+            taken += len(piece)
+            self._idle_bytes += len(piece)
+            if piece:
+                super().data_received(piece)
+            if self.transport.is_closing():
+                self._expect_taken()
+            elif not piece or self._idle_bytes > MAX_HEAD_BYTES:
+                self._refuse_head()
 
     # the parser
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
         super().on_message_begin()
-        self._in_head = True
+        self._in_head, self._head_bytes = True, 0
         self._expect_head()
+
+    def on_url(self, url: bytes) -> None:
+        """Some of what is asked for."""
+        self._count_head(len(url))
+        super().on_url(url)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A header, or a trailer after a body in chunks."""
+        self._count_head(len(name) + len(value) + len(b": \r\n"))
+        super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         """The head is here."""
@@ -137,8 +153,22 @@ class _Connection(HttpToolsProtocol):
         self._expect_taken()
 
     def send_400_response(self, msg: str) -> None:
-        """What came is no HTTP."""
-        self._refuse(400, "bad_http", msg)
+        """What came is no HTTP, or has a head that is too large, at which the parser was stopped."""
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self._refuse_head()
+        else:
+            self._refuse(400, "bad_http", msg)
+
+    # heads that are too large
+
+    def _count_head(self, size: int) -> None:
+        # Where several requests come at once, only the parser knows where each begins.
+        self._head_bytes += size
+        if self._head_bytes > MAX_HEAD_BYTES:
+            raise ValueError("the request's head is too large")  # stops the parser; answered by send_400_response
+
+    def _refuse_head(self) -> None:
+        self._refuse(431, "head_too_large", f"the request's head has more than {MAX_HEAD_BYTES} bytes")
 
     # times
 
