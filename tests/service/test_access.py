@@ -248,8 +248,9 @@ def test_what_a_client_says_of_its_address_does_not_count(tmp_path: Path) -> Non
 
 def test_a_proxy_that_is_trusted_says_whose_request_it_is(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path / "redis") as redis:
-        service = Api(Settings(data_dir=tmp_path / "data", port=0, workers=0, device="cpu", register_default=False,
-                               redis_url=redis.url, rate_limit="1/minute", trusted_proxies=("127.0.0.0/8",)))  # fmt: skip
+        settings = Settings(data_dir=tmp_path / "data", port=0, workers=0, device="cpu", register_default=False,
+                            redis_url=redis.url, rate_limit="1/minute", trusted_proxies=("127.0.0.0/8",))  # fmt: skip
+        service = Api(settings)
         try:
             # The last that is not a proxy's is what the proxy saw; what stands before it is what the client wrote.
             said = ["203.0.113.1", "203.0.113.1", "203.0.113.2", "198.51.100.9, 203.0.113.2", "203.0.113.3, 127.0.0.1"]
