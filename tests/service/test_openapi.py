@@ -293,13 +293,13 @@ def test_every_answer_is_of_a_declared_type(api: Api, model: str, image_id: str,
     whole = ask("GET", "/models/{model_id}/artifact", at)
     for more, status in (
         ({"If-None-Match": whole.headers["etag"]}, 304), ({"Range": "bytes=0-9"}, 206),
-        ({"Range": "bytes=0-9,20-29"}, 206), ({"Range": f"bytes={10**12}-"}, 416), ({"Range": "bytes=9-1"}, 400),
-        ({"Range": "lines=1-2"}, 400),
+        ({"Range": "bytes=0-9,20-29"}, 206), ({"Range": f"bytes={10**12}-"}, 416), ({"Range": "bytes=9-1"}, 200),
+        ({"Range": "lines=1-2"}, 200),
     ):  # fmt: skip
-        refused = ask("GET", "/models/{model_id}/artifact", at, headers=more)
-        assert refused.status_code == status, more
+        part = ask("GET", "/models/{model_id}/artifact", at, headers=more)
+        assert part.status_code == status, more
         if status == 416:
-            assert refused.headers["content-range"] == f"bytes */{len(whole.content)}"
+            assert part.headers["content-range"] == f"bytes */{len(whole.content)}"
     source = api.http.get(f"/models/{model}").json()["source_sha256"]
     asked = {"source": {"upload": source}, "codec": "lattice", "policy": "equal_error", "fidelity": False}
     for path, name in (("/compress", "declared"), ("/plan", "declared-plan")):
