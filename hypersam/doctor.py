@@ -15,14 +15,10 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
-import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
@@ -32,8 +28,10 @@ from redis import Redis, RedisError
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
+from hypersam.doctor_host import check_compiler, check_kernel_cache, check_memory, nearest, short, there
 from hypersam.embedded_redis import find_redis_server
 from hypersam.errors import BadSettings, HypersamError, Unavailable
+from hypersam.findings import Finding, Health, broken, fine, warning
 from hypersam.jobs import JobBoard, client_of
 from hypersam.settings import GIB, MIB, Settings
 
@@ -44,47 +42,7 @@ LEAST_FREE = 64 * MIB  # bytes: with less, registrations and probes already fail
 PROBE_SECONDS = 120.0  # for the device: loading torch and compiling one kernel takes several, a hung driver for ever
 _PATIENCE = 2.0  # seconds for Redis
 _HERE = ("127.0.0.1", "::1", "localhost")  # addresses that no other machine reaches
-_SHOWN = 160  # characters of a path
 _FOLDER = "let the user that runs hypersam read and write the data folder, or name another in HYPERSAM_DATA_DIR"
-
-
-class Health(StrEnum):
-    """How a part is. Only ``BROKEN`` keeps the service from its work."""
-
-    FINE = "fine"
-    WARNING = "warning"
-    BROKEN = "broken"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What a check found of one part: a sentence, what to do about it, and figures for programs."""
-
-    part: str
-    health: Health
-    says: str
-    todo: str | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return what ``--json`` prints of it."""
-        return {"part": self.part, "health": str(self.health), "says": self.says, "todo": self.todo,
-                "facts": dict(self.facts)}  # fmt: skip
-
-
-def fine(part: str, says: str, **facts: Any) -> Finding:
-    """Nothing to do."""
-    return Finding(part, Health.FINE, says, None, facts)
-
-
-def warning(part: str, says: str, todo: str, **facts: Any) -> Finding:
-    """The service works, and something should be looked at."""
-    return Finding(part, Health.WARNING, says, todo, facts)
-
-
-def broken(part: str, says: str, todo: str, **facts: Any) -> Finding:
-    """The service cannot do its work, or not all of it."""
-    return Finding(part, Health.BROKEN, says, todo, facts)
 
 
 def examine(settings: Settings, *, device: bool = True) -> list[Finding]:
@@ -171,16 +129,7 @@ def probe_connection(settings: Settings) -> Redis | None:
     if settings.redis_url is not None:
         return client_of(settings.redis_url, socket_connect_timeout=_PATIENCE, socket_timeout=_PATIENCE, retry=retry)
     socket = settings.data_dir.absolute() / "redis" / "redis.sock"
-    return Redis(unix_socket_path=str(socket), socket_timeout=_PATIENCE, retry=retry) if _there(socket) else None
-
-
-def _there(path: Path) -> bool:
-    """Whether there is something. Raises OSError where that is not told: ``exists`` does so in some versions only."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    return True
+    return Redis(unix_socket_path=str(socket), socket_timeout=_PATIENCE, retry=retry) if there(socket) else None
 
 
 def check_redis(settings: Settings) -> list[Finding]:
@@ -243,9 +192,9 @@ def check_store(settings: Settings) -> Finding:
     """Write a file in the data folder, flush it to the disk, rename it and read it back."""
     root = folder = settings.data_dir.absolute()
     try:
-        folder = _nearest(root)
+        folder = nearest(root)
     except OSError as error:
-        return broken("store", f"{_short(root)} cannot be looked into: {error.strerror}", _FOLDER, errno=error.errno)
+        return broken("store", f"{short(root)} cannot be looked into: {error.strerror}", _FOLDER, errno=error.errno)
     first = folder / f".doctor-{uuid.uuid4().hex}"
     second = first.with_suffix(".renamed")
     content = os.urandom(64 << 10)
@@ -294,9 +243,9 @@ def check_disk(settings: Settings) -> Finding:
     """Tell how much room the data folder's disk has."""
     root = settings.data_dir.absolute()
     try:
-        total, _, free = shutil.disk_usage(_nearest(root))
+        total, _, free = shutil.disk_usage(nearest(root))
     except OSError as error:
-        return broken("disk", f"that of {_short(root)} cannot be asked: {error.strerror}",
+        return broken("disk", f"that of {short(root)} cannot be asked: {error.strerror}",
                       f"see whether it is mounted; {_FOLDER}", errno=error.errno)  # fmt: skip
     facts = {"free_bytes": free, "total_bytes": total}
     if free < LEAST_FREE:
@@ -310,74 +259,6 @@ def check_disk(settings: Settings) -> Finding:
     return fine("disk", f"{free / GIB:.1f} of {total / GIB:.1f} GiB are free", **facts)
 
 
-def _nearest(folder: Path) -> Path:
-    """Return the folder, or of those above it the lowest that is there. Raises OSError where that is not told."""
-    return next(path for path in (folder, *folder.parents) if _there(path))
-
-
-def _short(path: Path) -> str:
-    """A path for a line that people read; one may have 4,000 characters."""
-    text = str(path)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-
-
-def check_memory(settings: Settings) -> Finding:
-    """Compare the memory that is left, by the machine and by the control group, with what models may take."""
-    available = available_memory()
-    if available is None:
-        return fine("memory", "this system does not tell how much is left")
-    wanted = settings.resident_bytes + settings.embedding_cache_bytes
-    facts = {"available_bytes": available, "wanted_bytes": wanted}
-    if available < wanted:
-        says = f"{available / GIB:.1f} GiB are left; models and embeddings may take {wanted / GIB:.1f}"
-        todo = "lower HYPERSAM_RESIDENT_BYTES or HYPERSAM_EMBEDDING_CACHE_BYTES (what a GPU holds does not count)"
-        return warning("memory", says, todo, **facts)
-    return fine("memory", f"{available / GIB:.1f} GiB are left", **facts)
-
-
-def available_memory(group: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Return the bytes that this process may still take, or None where the system does not tell."""
-    left = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                left.append(int(line.split()[1]) * 1024)
-    # The second version's names and the first's. Without a limit these read "max" or a number beyond any memory.
-    for limit, used, cached in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        with contextlib.suppress(OSError, ValueError):
-            stat = dict(line.split() for line in (group / used).with_name("memory.stat").read_text().splitlines())
-            # Pages of files that nobody looks at are counted as used, and given up when memory is asked for.
-            taken = int((group / used).read_text()) - int(stat.get(cached, 0))
-            left.append(int((group / limit).read_text()) - taken)
-    return min(left, default=None)
-
-
-def check_compiler(*, needed: bool) -> Finding:
-    """Compile an empty Python extension, as Triton does for every kernel's launcher."""
-    compiler = os.environ.get("CC") or next((name for name in ("gcc", "clang", "cc") if shutil.which(name)), None)
-    bad = broken if needed else warning
-    todo = "install gcc and Python's headers (Debian: apt-get install gcc libc6-dev python3-dev)"
-    why = "" if needed else " (only Triton on a GPU needs one)"
-    if compiler is None or shutil.which(compiler) is None:
-        return bad("compiler", f"no C compiler is found{why}", todo)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            source = Path(folder) / "empty.c"
-            source.write_text("#include <Python.h>\n#include <stdint.h>\nint hypersam_probe(void) { return 0; }\n")
-            command = [compiler, "-shared", "-fPIC", f"-I{sysconfig.get_path('include')}", str(source), "-o",
-                       str(source.with_suffix(".so"))]  # fmt: skip
-            made = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return bad("compiler", f"{compiler} does not run: {error}{why}", todo)
-    if made.returncode:
-        first = next((line for line in made.stderr.splitlines() if "error" in line), made.stderr.strip()[:200])
-        return bad("compiler", f"{compiler} cannot compile a Python extension: {first}{why}", todo)
-    return fine("compiler", f"{shutil.which(compiler)} compiles with Python's headers", path=shutil.which(compiler))
-
-
 def check_keys(settings: Settings) -> Finding:
     """Read the API keys, and tell how many there are; never which."""
     try:
@@ -389,22 +270,6 @@ def check_keys(settings: Settings) -> Finding:
         return fine("keys", says, count=count)
     return warning("keys", f"none: whoever reaches {settings.host} may do everything",
                    "make one with `hypersam keys new`, unless nobody else reaches this address", count=0)  # fmt: skip
-
-
-def check_kernel_cache() -> Finding:
-    """See whether Triton can keep what it compiles."""
-    todo = "give it to the user that runs hypersam, or name another in TRITON_CACHE_DIR"
-    try:
-        folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton").absolute()
-    except RuntimeError:  # a user of no name, as some clusters have, without HOME
-        return warning("kernel cache", "this user has no home folder", "name a folder in TRITON_CACHE_DIR")
-    try:
-        with tempfile.TemporaryFile(dir=_nearest(folder)):
-            pass
-    except OSError as error:
-        says = f"{_short(folder)} cannot be written: {error.strerror}"
-        return warning("kernel cache", says, todo, folder=str(folder))
-    return fine("kernel cache", str(folder), folder=str(folder))
 
 
 def driver_version() -> str | None:

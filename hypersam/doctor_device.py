@@ -16,8 +16,8 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hypersam.doctor import Finding, broken, fine, warning
 from hypersam.errors import HypersamError
+from hypersam.findings import Finding, broken, fine, warning
 from hypersam.loading import resolve_device
 from hypersam.settings import GIB
 

@@ -21,7 +21,7 @@ from service.deps import State
 from service.errors import BodyTooLarge, RequestError, UnsupportedMedia
 from service.images import FORMATS, decode_base64, decode_logits
 from service.multipart import media_type, read_body, read_form, read_pairs
-from service.schemas import PictureBody, PromptBody, SegmentRequest
+from service.prompt_schemas import PictureBody, PromptBody, SegmentRequest
 
 JSON_OVERHEAD = 4 << 20  # bytes beside the picture; of a form, of each field: a mask input in digits takes 1.5 MB
 PLAIN_FORM = "application/x-www-form-urlencoded"

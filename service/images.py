@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hypersam.errors import ImageError
 from hypersam.images import to_npy, to_png, to_polygons, to_rle
-from service.schemas import MASK_SIDE, MOST_LOGIT, MaskFormat
+from service.prompt_schemas import MASK_SIDE, MOST_LOGIT, MaskFormat
 
 FORMATS: tuple[str, ...] = get_args(MaskFormat)
 _MOST_NPY_HEADER = 1024  # bytes; NumPy writes 118

@@ -16,7 +16,8 @@ from rq.job import Job
 from rq.timeouts import JobTimeoutException
 
 from hypersam.errors import HypersamError, JobCancelled, StoreFull, StoreUnavailable
-from hypersam.jobs import JobBoard, JobSpec, connect
+from hypersam.job_spec import JobSpec
+from hypersam.jobs import JobBoard, connect
 from hypersam.settings import Settings
 from hypersam.store import NO_ROOM, ArtifactStore, ModelRecord, open_store
 

@@ -6,7 +6,8 @@ import typer
 from rich.console import Console
 
 from hypersam.cli.main import print_json
-from hypersam.doctor import Health, examine, worst
+from hypersam.doctor import examine, worst
+from hypersam.findings import Health
 from hypersam.settings import Settings
 
 _COLOURS = {Health.FINE: "green", Health.WARNING: "yellow", Health.BROKEN: "bold red"}

@@ -22,7 +22,8 @@ from hypersam import logs
 from hypersam.codecs import CODEC_VERSION, DEFAULT_CODEC
 from hypersam.embedded_redis import EmbeddedRedis
 from hypersam.errors import HypersamError, NameTaken
-from hypersam.jobs import JobBoard, JobSpec, client_of, connect
+from hypersam.job_spec import JobSpec
+from hypersam.jobs import JobBoard, client_of, connect
 from hypersam.options import check_options
 from hypersam.settings import Settings
 from hypersam.store import open_at_start, open_store

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hypersam.errors import PromptError
-from service.schemas import Box, Pair, PromptBody
+from service.prompt_schemas import Box, Pair, PromptBody
 
 WHERE = "params.context.result"
 POINTS = ("keypointlabels", "keypoint")

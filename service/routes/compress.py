@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from hypersam.codecs import CODEC_VERSION
 from hypersam.errors import EmptyCheckpoint, InvalidOption, SourceNotAllowed, UploadTooLarge
-from hypersam.jobs import JobSpec, JobView
+from hypersam.job_spec import JobSpec
+from hypersam.jobs import JobView
 from hypersam.options import check_options
 from hypersam.sam.registry import known_variants
 from hypersam.store import NAME

@@ -22,8 +22,8 @@ from service.asked import image_of, parsed, prompt_of, read_json, validated
 from service.deps import State, StateDep
 from service.errors import RequestError
 from service.hangup import unless_gone
+from service.prompt_schemas import Label, Pair, PromptBody
 from service.routes.segment import model_file, picture_of
-from service.schemas import Label, Pair, PromptBody
 
 router = APIRouter(tags=["osam"])
 

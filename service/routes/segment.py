@@ -21,6 +21,14 @@ from service.deps import State, StateDep
 from service.errors import NotAcceptable, RequestError
 from service.hangup import unless_gone
 from service.images import encode_logits, encode_mask
+from service.prompt_schemas import (
+    EmbedRequest,
+    EmbedResponse,
+    EverythingRequest,
+    EverythingResponse,
+    SegmentManyResponse,
+    SegmentResponse,
+)
 from service.routes.segment_docs import (
     EMBED_BODY,
     EVERYTHING_BODY,
@@ -28,14 +36,6 @@ from service.routes.segment_docs import (
     PICTURE_RESPONSES,
     SEGMENT_BODY,
     SEGMENT_RESPONSES,
-)
-from service.schemas import (
-    EmbedRequest,
-    EmbedResponse,
-    EverythingRequest,
-    EverythingResponse,
-    SegmentManyResponse,
-    SegmentResponse,
 )
 
 router = APIRouter(tags=["segment"])

@@ -6,7 +6,8 @@ from typing import Any, get_args
 
 from service.asked import FLAGS, PLAIN_FORM
 from service.images import FORMATS
-from service.schemas import EmbedRequest, EverythingRequest, FoundFormat, Problem, SegmentRequest, other_names
+from service.prompt_schemas import EmbedRequest, EverythingRequest, FoundFormat, SegmentRequest, other_names
+from service.schemas import Problem
 
 _IMAGE = {"type": "string", "format": "binary", "description": "PNG, JPEG, WebP, BMP, TIFF or GIF"}
 _IMAGE_ID = {"type": "string", "description": "instead of the image, while its embedding is held"}

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from hypersam import doctor
-from hypersam.doctor import Finding, Health
+from hypersam import doctor, doctor_host
 from hypersam.embedded_redis import EmbeddedRedis
 from hypersam.errors import InvalidOption
+from hypersam.findings import Finding, Health
 from hypersam.jobs import connect
 from hypersam.keys import new_key
 from hypersam.logs import JsonFormatter
@@ -185,7 +185,7 @@ def test_a_folder_of_a_name_that_is_too_long(name: str, tmp_path: Path, monkeypa
     [redis] = doctor.check_redis(settings)
     for found in (redis, doctor.check_store(settings), doctor.check_disk(settings)):
         assert found.health is Health.BROKEN
-    for found in (redis, doctor.check_store(settings), doctor.check_disk(settings), doctor.check_kernel_cache()):
+    for found in (redis, doctor.check_store(settings), doctor.check_disk(settings), doctor_host.check_kernel_cache()):
         assert "too long" in found.says
         assert len(found.says) < 400
 
@@ -196,7 +196,7 @@ def test_a_user_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.delenv("TRITON_CACHE_DIR", raising=False)
     monkeypatch.setattr(Path, "home", nowhere)
-    assert doctor.check_kernel_cache().health is Health.WARNING
+    assert doctor_host.check_kernel_cache().health is Health.WARNING
 
 
 def test_keys_are_counted_and_not_told(tmp_path: Path) -> None:
@@ -223,26 +223,26 @@ def test_room_for_two_uploads(tmp_path: Path) -> None:
 
 
 def test_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.check_compiler(needed=True).health is Health.FINE
+    assert doctor_host.check_compiler(needed=True).health is Health.FINE
     monkeypatch.setenv("CC", "false")
-    assert "cannot compile" in doctor.check_compiler(needed=True).says
+    assert "cannot compile" in doctor_host.check_compiler(needed=True).says
     monkeypatch.delenv("CC")
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert doctor.check_compiler(needed=True).health is Health.BROKEN
-    assert doctor.check_compiler(needed=False).health is Health.WARNING
+    assert doctor_host.check_compiler(needed=True).health is Health.BROKEN
+    assert doctor_host.check_compiler(needed=False).health is Health.WARNING
 
 
 def test_headers_that_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     monkeypatch.setenv("C_INCLUDE_PATH", "")
-    found = doctor.check_compiler(needed=True)
+    found = doctor_host.check_compiler(needed=True)
     assert found.health is Health.BROKEN
     assert "Python.h" in found.says
 
 
 def test_memory_is_compared_with_what_models_may_take() -> None:
-    assert doctor.check_memory(Settings(resident_bytes=1, embedding_cache_bytes=0)).health is Health.FINE
-    assert doctor.check_memory(Settings(resident_bytes=1 << 60)).health is Health.WARNING
+    assert doctor_host.check_memory(Settings(resident_bytes=1, embedding_cache_bytes=0)).health is Health.FINE
+    assert doctor_host.check_memory(Settings(resident_bytes=1 << 60)).health is Health.WARNING
 
 
 @pytest.mark.parametrize(
@@ -260,9 +260,9 @@ def test_memory_of_a_container(limit: str, used: str, cached: str, tmp_path: Pat
         (str(Path(limit).parent / "memory.stat"), f"anon 300\n{cached} 400"),
     ):
         (tmp_path / name).write_text(text + "\n")
-    assert doctor.available_memory(tmp_path) == 1000 - (700 - 400)
+    assert doctor_host.available_memory(tmp_path) == 1000 - (700 - 400)
     (tmp_path / limit).write_text("max\n")
-    assert (doctor.available_memory(tmp_path) or 0) > 1 << 20
+    assert (doctor_host.available_memory(tmp_path) or 0) > 1 << 20
 
 
 def test_a_device_that_hangs() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import random_sam
-from hypersam.jobs import JobSpec, JobState, JobView
+from hypersam.job_spec import JobSpec, JobState
+from hypersam.jobs import JobView
 from hypersam.sam.registry import VARIANTS
 from hypersam.store import ModelRecord
 from service.schemas import Job, Model

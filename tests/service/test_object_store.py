@@ -17,8 +17,9 @@ import httpx
 import obstore
 import pytest
 
-from hypersam.doctor import Health, check_objects
+from hypersam.doctor import check_objects
 from hypersam.errors import NameTaken, StoreUnavailable, UnknownModel, UnknownUpload
+from hypersam.findings import Health
 from hypersam.settings import Settings
 from hypersam.store import ArtifactStore, ModelRecord, open_store
 from hypersam.store import cache as cache_module

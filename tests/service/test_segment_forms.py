@@ -18,7 +18,7 @@ from pydantic import AliasChoices
 
 from hypersam.images import from_rle, to_npy
 from service.images import decode_logits
-from service.schemas import SegmentRequest
+from service.prompt_schemas import SegmentRequest
 from tests.models import TINY
 from tests.service.running import Api, assert_problem, picture
 

@@ -17,7 +17,8 @@ import redis as redis_package
 from hypersam.codecs import CODEC_VERSION
 from hypersam.embedded_redis import EmbeddedRedis
 from hypersam.errors import NameTaken, Overloaded, UnknownJob, UnknownUpload
-from hypersam.jobs import JobBoard, JobSpec, JobState, JobView, connect
+from hypersam.job_spec import JobSpec, JobState
+from hypersam.jobs import JobBoard, JobView, connect
 from hypersam.options import check_options
 from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
