@@ -239,7 +239,16 @@ def _wrapper_in(content: Mapping[Any, Any]) -> str:
     """Under which of ``_WRAPPERS`` the state dict lies; "" where the names of tensors show that this is one."""
     if any(isinstance(key, str) and "." in key and _is_tensor(value) for key, value in content.items()):
         return ""
-    return next((key for key in _WRAPPERS if isinstance(content.get(key), Mapping)), "")
+    found = [key for key in _WRAPPERS if isinstance(content.get(key), Mapping)]
+    # Some scripts keep the network's description under the name that others have for its weights.
+    return next((key for key in found if _has_weights(content[key])), found[0] if found else "")
+
+
+def _has_weights(content: Mapping[Any, Any]) -> bool:
+    """Whether there are tensors in it, or what may have them in turn."""
+    return any(map(_is_tensor, content.values())) or any(
+        isinstance(content.get(key), Mapping) for key in (*_WRAPPERS, *_DECODER_PARTS)
+    )
 
 
 def _without_prefix(part: Mapping[Any, Any]) -> Mapping[Any, Any]:

@@ -22,10 +22,12 @@ def usable_cores() -> int:
 
 def _share() -> float | None:
     """Cores' worth of time that the control group gives; None where it gives all."""
-    with contextlib.suppress(OSError, ValueError):  # the second version; without a limit it reads "max 100000"
+    with contextlib.suppress(
+        OSError, ValueError, ZeroDivisionError
+    ):  # the second version; without a limit it reads "max 100000"
         quota, period = (_GROUP / "cpu.max").read_text().split()
         return int(quota) / int(period)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, ZeroDivisionError):
         quota, period = ((_GROUP / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         return int(quota) / int(period) if int(quota) > 0 else None
     return None

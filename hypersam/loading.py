@@ -137,7 +137,10 @@ def _from_artifact(artifact: Artifact, device: torch.device, dtype: torch.dtype,
             raise ValueError("it is of other sizes than the tensors")
         expected = {key: tuple(shape) for key, shape in family.layout(config).items()}
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, LayoutMismatch) as error:
-        raise ArtifactError(f"the artifact's model configuration is unusable: {error}") from error
+        raise ArtifactError(
+            f"the artifact's model configuration is unusable ({error}); if another version made it, compress its "
+            "checkpoint again"
+        ) from error
     odd = [name for name in artifact.names() if name not in expected and not family.carries(name)]
     if odd := sorted({*odd, *(set(expected) - set(artifact.names()))}):
         raise ArtifactError(f"the artifact's tensors are not those of its model: {', '.join(odd[:5])}")

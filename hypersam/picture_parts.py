@@ -331,6 +331,8 @@ class _Page:
 def _tiff(data: bytes) -> io.BytesIO:
     """The file with no pages and tags but those of its first page's pixels."""
     page = _Page(data)
+    if _ORIENTATION in page.tags and page.tags[_ORIENTATION][0] not in _TIFF_INTEGERS:
+        del page.tags[_ORIENTATION]  # as of any other damaged EXIF: the picture is not turned by it
     if _XMP in page.tags and _ORIENTATION not in page.tags and (found := _XMP_ORIENTATION.search(page.value(_XMP))):
         value = struct.pack(page.endian + "H", int(found[1])).ljust(8 if page.big else 4, b"\0")
         page.tags[_ORIENTATION] = (3, 1, value)

@@ -214,8 +214,10 @@ class Settings(BaseSettings):
     def environment(self) -> dict[str, str]:
         """Return the variables from which a child process makes an equal ``Settings()``."""
         values: dict[str, str] = {}
-        for name, value in self.model_dump(mode="json", exclude_none=True).items():
-            values[PREFIX + name.upper()] = value if isinstance(value, str) else json.dumps(value)
+        for name, value in self.model_dump(mode="json").items():
+            # Empty is none, also where this process's own environment has a value.
+            text = "" if value is None else value if isinstance(value, str) else json.dumps(value)
+            values[PREFIX + name.upper()] = text
         values[PREFIX + "DATA_DIR"] = str(self.data_dir.absolute())
         return values
 

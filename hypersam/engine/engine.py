@@ -141,7 +141,9 @@ class Engine:
             for start in range(0, len(points), _GRID_CHUNK):
                 some = points[start : start + _GRID_CHUNK]
                 decoded = await self._decode(embedded, [click(p) for p in some], True, clock)
-                candidates = await self._on(self._after, promising, decoded, grid)
+                candidates = await self._on(
+                    self._after, self._made, lambda _, __, given: promising(given, grid), embedded, decoded, on_cpu
+                )
                 sifted = partial(sift, points=some, grid=grid)
                 for part in candidates.parts(width * height):
                     found += await self._on(self._after, self._made, sifted, embedded, part, Candidates.cpu)
@@ -239,6 +241,8 @@ class Engine:
         """
         with self._lock:
             self._refuse_if_full(pictures)
+            if not self._inside:
+                self._answered_at = time.monotonic()  # what was before is no pace
             self._inside += pictures
         try:
             yield
@@ -248,8 +252,8 @@ class Engine:
         finally:
             with self._lock:
                 now = time.monotonic()
-                if self._inside > 1:
-                    self._pace += 0.1 * (now - self._answered_at - self._pace)
+                if self._inside > pictures:  # others wait, so that this is how long one takes
+                    self._pace += 0.1 * ((now - self._answered_at) / pictures - self._pace)
                 self._answered_at = now
                 self._inside -= pictures
 

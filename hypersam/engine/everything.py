@@ -110,7 +110,7 @@ def click(point: NDArray[np.float64]) -> Prompt:
 
 @torch.inference_mode()
 def promising(decoded: Sequence[Decoded], grid: Grid) -> Candidates:
-    """Those masks of some points that pass the first filter, the decoder's own score."""
+    """Those masks of some points that pass the first filter, the decoder's own score, where its tensors are."""
     low_res = torch.cat([masks for masks, _ in decoded])
     scores = torch.cat([values for _, values in decoded])
     owners = np.repeat(np.arange(len(decoded)), [len(values) for _, values in decoded])

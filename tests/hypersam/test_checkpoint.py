@@ -139,6 +139,13 @@ def test_what_training_scripts_keep_beside_the_weights_is_passed_over(tmp_path: 
     assert all(torch.equal(checkpoint.tensors[k], v) for k, v in state.items())
 
 
+def test_a_description_under_the_name_of_a_wrapper(tmp_path: Path) -> None:
+    state = official_sam().state_dict()
+    torch.save({"model": {"name": "vit_b", "depth": 12}, "state_dict": state}, tmp_path / "a.pth")
+    checkpoint = read_checkpoint(tmp_path / "a.pth")
+    assert (checkpoint.wrapper, checkpoint.tensors.keys()) == ("state_dict", state.keys())
+
+
 def test_weights_that_are_arrays_are_named(tmp_path: Path) -> None:
     torch.save({"model": {"w": np.zeros(3)}}, tmp_path / "a.pth")
     with pytest.raises(CheckpointError, match="'w' is a NumPy array; dense ones are read"):

@@ -17,6 +17,7 @@ from hypersam.compression import compress
 from hypersam.engine import Engine, Grid, ModelFile, Prompt, Segmentation
 from hypersam.engine.cache import EmbeddingCache
 from hypersam.engine.device import on_a_cpu
+from hypersam.engine.everything import Candidates, promising
 from hypersam.errors import Overloaded, PromptError, Unavailable, UnknownImage
 from hypersam.sam.model import Embedding, SamModel
 from hypersam.settings import Settings
@@ -433,6 +434,16 @@ def test_more_pictures_than_places_when_nobody_else_waits(
         pass
     with engine.admit(), engine.admit(2):
         pass
+    # How long it takes till a place is free is learnt from requests that wait for each other, and from no idle time.
+    before = engine._pace
+    engine._answered_at -= 3600
+    for _ in range(3):
+        with engine.admit(5):
+            pass
+    assert engine._pace == before
+    with engine.admit(), engine.admit(2):
+        time.sleep(0.4)
+    assert 0.9 * before < engine._pace < 0.9 * before + 0.1
     assert engine.stats()["waiting"] == 0
 
 
@@ -459,6 +470,18 @@ def test_masks_too_large_for_the_device_are_made_on_the_cpu(
     again = asyncio.run(engine.everything(files[0], picture(), grid))
     assert [each.rle for each in again.masks] == [each.rle for each in everything.masks]
     assert engine.stats()["memory_shortages"] == 2
+    refused_too: list[int] = []
+
+    def smaller(*given: Any) -> Candidates:
+        if not refused_too:
+            refused_too.append(1)
+            raise torch.OutOfMemoryError("nor this")
+        return promising(*given)
+
+    monkeypatch.setattr("hypersam.engine.engine.promising", smaller)
+    again = asyncio.run(engine.everything(files[0], picture(), grid))
+    assert [each.rle for each in again.masks] == [each.rle for each in everything.masks]
+    assert engine.stats()["memory_shortages"] == 3
     left = 4
     with pytest.raises(Unavailable, match="not enough memory"):
         engine.segment_sync(files[0], picture(), [POINT], multimask=True)

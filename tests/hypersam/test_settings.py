@@ -142,3 +142,14 @@ def test_an_object_store_that_no_client_can_be_made_for(tmp_path: Path) -> None:
     assert done.returncode == 2
     [line] = done.stderr.splitlines()
     assert "HYPERSAM_STORE_URL" in line
+
+
+def test_a_child_does_not_take_from_the_environment_what_its_parent_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPERSAM_REDIS_URL", "redis://elsewhere:6379/0")
+    monkeypatch.setenv("HYPERSAM_RATE_LIMIT", "1/day")
+    monkeypatch.setenv("HYPERSAM_CORS_ORIGINS", '["https://example.org"]')
+    ours = Settings(redis_url=None, rate_limit=None, cors_origins=())
+    for name, value in ours.environment().items():
+        monkeypatch.setenv(name, value)
+    theirs = Settings()
+    assert theirs == ours.model_copy(update={"data_dir": theirs.data_dir})
