@@ -88,8 +88,27 @@ def create_app(settings: Settings) -> FastAPI:
             CORSMiddleware,
             allow_origins=settings.cors_origins,
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "X-API-Key", "Content-Type", "Last-Event-ID"],
-            expose_headers=["Location", "Retry-After", "Server-Timing", "X-Image-Id", "X-Request-Id"],
+            allow_headers=[
+                "Authorization",
+                "X-API-Key",
+                "Content-Type",
+                "Last-Event-ID",
+                "X-Request-ID",
+                "Range",
+                "If-Range",
+                "If-None-Match",
+            ],
+            expose_headers=[
+                "Location",
+                "Retry-After",
+                "Server-Timing",
+                "X-Image-Id",
+                "X-Request-Id",
+                "ETag",
+                "Accept-Ranges",
+                "Content-Range",
+                "Content-Disposition",
+            ],
         )
     app.add_middleware(BodyPace, settings=settings)
     app.add_middleware(RequestIds)  # around the others: what they log has its id

@@ -140,7 +140,8 @@ def answer(error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return problem(status, "client_disconnected", "the client went away")
     if status >= 500:
-        log.error("%s: %s", type(error).__name__, error)
+        # 503 is what a service says that has enough to do, or stops.
+        log.log(logging.WARNING if status == 503 else logging.ERROR, "%s: %s", type(error).__name__, error)
     code = error.code if isinstance(error, errors.HypersamError) else "error"
     field = getattr(error, "field", None)
     more = {"errors": [{"loc": field.split("."), "msg": _sendable(str(error))}]} if field else {}

@@ -43,8 +43,10 @@ class LastResort:
                 raise
             task.uncancel()
             await answer(Unavailable("the service was stopped before this was done; try again"))(scope, receive, send)
-        except Exception:
-            log.exception("%s %s failed", scope["method"], ascii(scope["path"])[1:-1])
+        except Exception as error:
+            named = scope["method"], ascii(scope["path"])[1:-1]
             if started:
-                raise
+                log.error("%s %s broke off: %s: %s", *named, type(error).__name__, error)
+                raise  # the server ends the connection, and logs where it was
+            log.exception("%s %s failed", *named)
             await unexpected()(scope, receive, send)

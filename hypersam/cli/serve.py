@@ -21,7 +21,7 @@ from redis import RedisError
 from hypersam import logs
 from hypersam.codecs import CODEC_VERSION, DEFAULT_CODEC
 from hypersam.embedded_redis import EmbeddedRedis
-from hypersam.errors import HypersamError, NameTaken
+from hypersam.errors import BadSettings, HypersamError, NameTaken
 from hypersam.job_spec import JobSpec
 from hypersam.jobs import JobBoard, client_of, connect
 from hypersam.options import check_options
@@ -135,7 +135,7 @@ def serve(settings: Settings, *, ready: Callable[[str], None] = announce) -> int
     logs.configure(settings)
     try:
         return _serve(settings, ready)
-    except SystemExit as end:  # by a signal, or by uvicorn when the port is taken
+    except SystemExit as end:  # by a signal
         return end.code if isinstance(end.code, int) else 1
 
 
@@ -150,6 +150,7 @@ def _check(settings: Settings) -> None:
 def _serve(settings: Settings, ready: Callable[[str], None]) -> int:
     with contextlib.ExitStack() as stack:
         stack.enter_context(_signals_end_politely())
+        sockets = [stack.enter_context(each) for each in _bound(settings)]
         if settings.redis_url is None:
             redis = stack.enter_context(EmbeddedRedis(settings.data_dir))
             redis.keep()
@@ -161,10 +162,29 @@ def _serve(settings: Settings, ready: Callable[[str], None]) -> int:
             register_carried(settings)
         except (HypersamError, RedisError) as error:
             log.warning("the carried model was not queued: %s", error)
-        return _run_api(settings, ready)
+        return _run_api(settings, sockets, ready)
 
 
-def _run_api(settings: Settings, ready: Callable[[str], None]) -> int:
+def _bound(settings: Settings) -> list[socket.socket]:
+    """Sockets at the service's address, before anything else is started. Raises BadSettings."""
+    made: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, address in dict.fromkeys((row[0], row[4]) for row in found):
+            made.append(socket.socket(family, socket.SOCK_STREAM))
+            made[-1].setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                made[-1].setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            made[-1].bind(address)
+    except OSError as error:
+        for each in made:
+            each.close()
+        where = f"{settings.host} port {settings.port}"
+        raise BadSettings(f"HYPERSAM_HOST and HYPERSAM_PORT: {where} cannot be had: {error.strerror}") from None
+    return made
+
+
+def _run_api(settings: Settings, sockets: list[socket.socket], ready: Callable[[str], None]) -> int:
     # Here: the command line must not load the service for other commands.
     from service.app import create_app
     from service.connection import protocol_for
@@ -177,7 +197,7 @@ def _run_api(settings: Settings, ready: Callable[[str], None]) -> int:
         proxy_headers=bool(settings.trusted_proxies), forwarded_allow_ips=list(settings.trusted_proxies),
     )  # fmt: skip
     server = _Server(config, ready)
-    server.run()
+    server.run(sockets)
     return 0 if server.started else 1
 
 

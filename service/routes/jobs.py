@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from typing import Annotated
 
 import anyio
+import redis
 from anyio import to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
 from sse_starlette.event import ServerSentEvent
@@ -15,6 +17,8 @@ from hypersam.errors import UnknownJob
 from hypersam.jobs import JobView
 from service.deps import State, StateDep
 from service.schemas import Job, Jobs
+
+log = logging.getLogger(__name__)
 
 router = APIRouter(prefix="/jobs", tags=["jobs"])
 
@@ -76,18 +80,31 @@ async def watch_job(
     first = await to_thread.run_sync(state.jobs.get, job_id)
     if first.state.final and first.version == last_event_id:
         return Response(status_code=204)
-    return EventSourceResponse(_events(request, state, first, last_event_id), ping=15)
+    stopping = anyio.Event()  # set when the service stops: the stream then ends, and is not cut off
+    events = _events(request, state, first, last_event_id, stopping)
+    return EventSourceResponse(events, ping=15, shutdown_event=stopping, shutdown_grace_period=1)
 
 
-async def _events(request: Request, state: State, view: JobView, seen: str | None) -> AsyncIterator[ServerSentEvent]:
+async def _events(
+    request: Request, state: State, view: JobView, seen: str | None, stopping: anyio.Event
+) -> AsyncIterator[ServerSentEvent]:
+    silent = False
     while True:
         if view.version != seen:
             seen = view.version
             yield ServerSentEvent(Job.of(view).model_dump_json(), event="job", id=seen)
         if view.state.final or await request.is_disconnected():
             return
-        await anyio.sleep(WATCH_EVERY)
+        with anyio.move_on_after(WATCH_EVERY):
+            await stopping.wait()
+            return
         try:
             view = await to_thread.run_sync(state.jobs.get, view.id)
+            silent = False
         except UnknownJob:  # deleted while it was watched
             return
+        except redis.RedisError as error:
+            # It comes back, and the job goes on meanwhile. Whoever watches has seen the last that is known.
+            if not silent:
+                log.warning("redis, while a job is watched: %s", error)
+            silent = True

@@ -34,6 +34,8 @@ from service.routes.segment import model_file
 
 router = APIRouter(tags=["label studio"])
 
+_MOST_DRAWN_ON = 64  # tasks of one request; without anything drawn they may be thousands
+
 
 class Task(BaseModel):
     """What is to be labelled; only its data is looked at."""
@@ -64,7 +66,7 @@ class PredictRequest(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    tasks: list[Task] = Field(max_length=64)
+    tasks: list[Task] = Field(max_length=10_000)
     label_config: str | None = Field(None, max_length=1 << 20)
     params: Parameters | None = None
 
@@ -130,6 +132,10 @@ async def predict(request: Request, state: StateDep, model_id: str | None = None
     if context is None or not context.result:
         empty = Prediction(result=[], score=0.0, model_version=model.id)
         return PredictResponse(results=[empty] * len(asked.tasks), model_version=model.id)
+    if len(asked.tasks) > _MOST_DRAWN_ON:
+        raise RequestError(
+            f"tasks: {len(asked.tasks)} with something drawn; at most {_MOST_DRAWN_ON} are answered at once"
+        )
     config = parse(asked.label_config)
     drawn = drawn_in(context.result)
     # Without a configuration it is not known what the region's tag is called in it.

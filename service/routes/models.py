@@ -31,6 +31,12 @@ async def get_model(model_id: str, state: StateDep) -> Model:
     return Model.of(await to_thread.run_sync(state.store.model, model_id), tensors=True)
 
 
+@router.head(
+    "/{model_id}/artifact",
+    operation_id="head_artifact",
+    response_class=FileResponse,
+    responses={200: {"content": _BYTES}, 304: {"description": "as for GET"}},
+)
 @router.get(
     "/{model_id}/artifact",
     response_class=FileResponse,

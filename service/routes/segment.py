@@ -60,11 +60,12 @@ async def segment(request: Request, state: StateDep) -> Response:
     began = time.perf_counter()
     state.engine.check_room()
     asked = await read_segment(request, state)
-    wanted = _accepted(request, PNG, GEOJSON)
-    if wanted == PNG and (asked.many or len(asked.pictures[0].prompts) != 1 or asked.multimask):
-        raise NotAcceptable("image/png holds one mask: send one prompt without multimask, or ask for JSON")
-    if wanted == GEOJSON and asked.many:
-        raise NotAcceptable("application/geo+json holds the masks of one picture: send one, or ask for JSON")
+    unfit: dict[str, str] = {}
+    if asked.many or len(asked.pictures[0].prompts) != 1 or asked.multimask:
+        unfit[PNG] = "image/png holds one mask: send one prompt without multimask, or ask for JSON"
+    if asked.many:
+        unfit[GEOJSON] = "application/geo+json holds the masks of one picture: send one, or ask for JSON"
+    wanted = _accepted(request, (PNG, GEOJSON), unfit)
     received = time.perf_counter()
     model = await model_file(state, asked.model)
     found = time.perf_counter()
@@ -111,7 +112,7 @@ async def everything(request: Request, state: StateDep) -> Response:
     work = state.engine.everything(model, picture_of(image, state), grid, image_id=asked.image_id)
     result = await unless_gone(request, work)
     segmented = time.perf_counter()
-    as_features = _accepted(request, GEOJSON) is not None
+    as_features = _accepted(request, (GEOJSON,)) is not None
     masks = await to_thread.run_sync(_found, result, "geojson" if as_features else asked.format)
     timings = _timings(result.timings, began, received, found, segmented)
     state.metrics.segmented(asked.model, timings)
@@ -190,20 +191,26 @@ async def _placed(work: Coroutine[Any, Any, T], number: int) -> T:
         raise
 
 
-def _accepted(request: Request, *offered: str) -> str | None:
+def _accepted(request: Request, offered: Sequence[str], unfit: Mapping[str, str] | None = None) -> str | None:
     """The kind that Accept names with the highest quality of those ``offered``; None for JSON.
 
     JSON is the answer to a header that names none of them (``*/*`` and ``image/*`` name none) or likes JSON better
-    (RFC 9110, section 12.5.1).
+    (RFC 9110, section 12.5.1). ``unfit``: kinds that cannot hold this answer, and why; where nothing else is accepted
+    that is NotAcceptable.
     """
     liked: dict[str, float] = {}
     for part in ",".join(request.headers.getlist("accept")).split(","):
         kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
         quality = next((value for name, _, value in (p.partition("=") for p in parameters) if name.strip() == "q"), "1")
         liked[kind] = float(quality) if _QUALITY.fullmatch(quality.strip()) else 0.0
-    best = max(offered, key=lambda kind: liked.get(kind, 0.0))
     json = next((liked[kind] for kind in ("application/json", "application/*", "*/*") if kind in liked), 0.0)
-    return best if liked.get(best, 0.0) > 0 and liked[best] >= json else None
+    named = sorted((kind for kind in offered if liked.get(kind, 0.0) > 0), key=lambda kind: -liked[kind])
+    fitting = [kind for kind in named if not unfit or kind not in unfit]
+    if fitting and liked[fitting[0]] >= json:
+        return fitting[0]
+    if unfit and named and not fitting and not json:
+        raise NotAcceptable(unfit[named[0]])
+    return None
 
 
 def _timings(

@@ -178,7 +178,11 @@ def test_compressing_and_segmenting_with_keys(guarded: Api, checkpoint: Path) ->
 
 
 def test_other_origins(guarded: Api, api: Api) -> None:
-    ask = {"Origin": ORIGIN, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
+    ask = {
+        "Origin": ORIGIN,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, range, x-request-id",
+    }
     allowed = guarded.http.options("/segment", headers=ask)
     assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-origin"] == ORIGIN

@@ -431,3 +431,12 @@ def test_a_project_that_takes_no_masks_is_told_so_when_it_connects(api: Api, mod
             assert tag in problem["detail"]
     assert_problem(api.http.post(at, json={"schema": "<View>"}), 422, "invalid_request")
     assert_problem(api.http.post(at, json={"schema": 3}), 422, "invalid_request")
+
+
+def test_thousands_of_tasks_without_anything_drawn(api: Api, model: str) -> None:
+    body = asked("data:image/png;base64,AA==")
+    body["tasks"] = 3000 * body["tasks"]
+    answer = api.http.post(f"/label-studio/{model}/predict", json=body).raise_for_status().json()
+    assert [each["result"] for each in answer["results"]] == 3000 * [[]]
+    body["params"] = {"context": {"result": [POINT]}}
+    assert_problem(api.http.post(f"/label-studio/{model}/predict", json=body), 422, "invalid_request")

@@ -112,6 +112,9 @@ def test_png_of_several_masks_is_refused_before_the_encoder_runs(api: Api, model
     image = picture(seed=77)
     many = ask(api, model, image, points=[[3, 3]], multimask="true", headers=headers)
     assert_problem(many, 406, "not_acceptable")
+    for accept in ("image/png, */*", "image/png;q=0.5, application/json;q=0.4", "image/png,image/*;q=0.8,*/*;q=0.5"):
+        instead = ask(api, model, points=[[3, 3]], multimask="true", headers={"Accept": accept})
+        assert (instead.status_code, instead.headers["content-type"]) == (200, "application/json")
     prompts = [{"box": [0, 0, 50, 50]}, {"box": [0, 0, 20, 20]}]
     body = {"model": model, "image": base64.b64encode(image).decode(), "prompts": prompts}
     assert_problem(api.http.post("/segment", json=body, headers=headers), 406, "not_acceptable")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from hypersam.cli import serve
 from hypersam.embedded_redis import EmbeddedRedis
 from hypersam.settings import Settings
 from hypersam.store import ArtifactStore
-from tests.service.running import SERVE, Api, Process
+from tests.service.running import Api
 
 pytestmark = pytest.mark.slow
 
@@ -125,16 +126,29 @@ def test_a_stop_in_the_middle_of_a_job(tmp_path: Path, checkpoint: Path) -> None
         service.stop()
 
 
-def test_a_taken_port(tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["127.0.0.1", "203.0.113.7", "no-such-host.invalid"])
+def test_an_address_that_cannot_be_had(tmp_path: Path, host: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        settings = Settings(
-            data_dir=tmp_path, port=taken.getsockname()[1], workers=0, device="cpu", register_default=False
-        )
-        process = Process([sys.executable, "-c", SERVE], settings)
-        assert process.process.wait(60) not in (0, None)
-        process.stop()
-        assert "address already in use" in process.output()
-        assert "Traceback" not in process.output()
+        port = str(taken.getsockname()[1])
+        command = [
+            sys.executable,
+            "-m",
+            "hypersam",
+            "serve",
+            "--host",
+            host,
+            "--port",
+            port,
+            "--data-dir",
+            tmp_path / "data",
+        ]
+        process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert process.returncode == 2
+    [line] = process.stderr.splitlines()
+    assert "HYPERSAM_PORT" in line
+    assert f"{host} port {port} cannot be had" in line
+    assert process.stdout == ""
+    assert not (tmp_path / "data" / "redis").exists()  # nothing was started
 
 
 def test_the_carried_model_is_queued_once(
@@ -166,6 +180,7 @@ def test_an_application_that_fails_before_its_start_is_not_served(monkeypatch: p
         raise AssertionError(f"is served at {url}")
 
     monkeypatch.setattr("service.app.create_app", lambda settings: broken)
-    with pytest.raises(SystemExit) as ended:
-        serve._run_api(Settings(port=0), ready)
+    [bound] = serve._bound(Settings(port=0))
+    with bound, pytest.raises(SystemExit) as ended:
+        serve._run_api(Settings(port=0), [bound], ready)
     assert ended.value.code == 3  # uvicorn's for a start that failed
