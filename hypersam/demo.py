@@ -89,7 +89,7 @@ def wait_until_ready(client: httpx.Client, server: subprocess.Popen[bytes]) -> N
 def _compress(client: httpx.Client, checkpoint: Path) -> str:
     print(f"\nPOST /compress  {checkpoint.name}, {checkpoint.stat().st_size / 1e6:.2f} MB")
     with checkpoint.open("rb") as file:
-        job = _json(client.post("/compress", files={"file": file}, data={"name": "demo", "codec": "birkhoff"}))
+        job = _json(client.post("/compress", files={"file": file}, data={"name": "demo"}))
     began = time.monotonic()
     while job["state"] in ("queued", "running") and time.monotonic() - began < _JOB_LIMIT_S:
         time.sleep(0.2)

@@ -150,7 +150,10 @@ def answer(error: Exception) -> Response:
 
 async def _validation(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
-    found = [{"loc": [_sendable(str(part)) for part in e["loc"]], "msg": _sendable(e["msg"])} for e in error.errors()]
+    found = [
+        {"loc": [_sendable(str(part)) for part in e["loc"]] or ["body"], "msg": _sendable(e["msg"])}
+        for e in error.errors()
+    ]
     detail = "; ".join(f"{'.'.join(e['loc'])}: {e['msg']}" for e in found[:5])
     return problem(422, RequestError.code, detail, errors=found[:50])
 

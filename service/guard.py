@@ -41,7 +41,6 @@ RULES: Sequence[tuple[str, str, tuple[str, ...]]] = (
     ("POST", "/compress", ("compress",)),
     ("POST", "/plan", ("compress",)),
     ("*", "/jobs", ("compress",)),
-    ("*", "/uploads", ("compress",)),
     ("GET HEAD", "/models", ("compress", "segment")),
     ("GET HEAD", "/variants", ("compress", "segment")),
 )

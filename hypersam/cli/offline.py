@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from hypersam import compression
 from hypersam.checkpoint import MAX_KEY, Source, sha256_of
@@ -25,6 +26,12 @@ from hypersam.reports import CompressReport, PlanReport, describe_artifact
 from hypersam.sam.detect import detect
 
 _screen = Console(stderr=True)
+
+
+def _wide() -> Console:
+    """For tables of names: a terminal folds them, and a file or another program gets them whole."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(console.width, 200))
 
 
 def run_compress(
@@ -75,12 +82,14 @@ def run_plan(
     if as_json:
         print_json(report.as_dict())
         return
-    listing = Table("tensor", "shape", "coding", "bits", "SQNR dB", "relative error", "sensitivity")
+    listing = Table(
+        Column("tensor", overflow="fold"), "shape", "coding", "bits", "SQNR dB", "relative error", "sensitivity"
+    )
     for t in report.tensors:
         figures = [f"{t.bits_per_weight:.2f}", *(("" if v is None else f"{v:.4g}")
                    for v in (t.sqnr_db, t.relative_error, t.sensitivity))]  # fmt: skip
         listing.add_row(t.name, "×".join(map(str, t.shape)), t.encoding, *figures)
-    Console().print(listing)
+    _wide().print(listing)
     table = Table(show_header=False, box=None)
     table.add_row("model", _model(report))
     sizes = f"{report.source_bytes / 1e6:.2f} MB → about {report.artifact_bytes / 1e6:.2f} MB"
@@ -130,7 +139,10 @@ def run_decompress(artifact: Path, target: Path, as_json: bool) -> None:
         prefix = _prefix_of(opened.source)
         state = {prefix + key: value.contiguous() for key, value in opened.state_dict().items()}
     try:
+        with open(part, "xb") as made:  # as any file of this user is; the library's own is for nobody else to read
+            mode = os.fstat(made.fileno()).st_mode
         save_file(state, part)
+        part.chmod(mode)
         part.replace(target)
     finally:
         part.unlink(missing_ok=True)
@@ -167,13 +179,13 @@ def run_inspect(
     for name, value in found.items():
         if name not in ("tensors", "config", "fidelity", "notices") and value is not None:
             table.add_row(name, json.dumps(value) if isinstance(value, (dict, list)) else str(value))
-    Console().print(table)
+    _wide().print(table)
     _print_notices(found["notices"])
     if tensors:
-        listing = Table(*found["tensors"][0])
+        listing = Table(*(Column(name, overflow="fold") for name in found["tensors"][0]))
         for row in found["tensors"]:
             listing.add_row(*(str(v) for v in row.values()))
-        Console().print(listing)
+        _wide().print(listing)
 
 
 def _print_report(found: Mapping[str, Any]) -> None:

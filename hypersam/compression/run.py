@@ -65,6 +65,8 @@ def compress(
     began = time.perf_counter()
     source, target = Path(source), Path(target)
     checked = check_options(codec, options)
+    if not target.parent.is_dir():
+        raise InvalidOption(f"there is no folder {target.parent} for the artifact")
     given = Source(source, decoder, file_name, decoder_name)
     for file in given.paths:
         if file.exists() and target.exists() and target.samefile(file):

@@ -185,7 +185,7 @@ def test_eval_compares_two_models(folder: Path) -> None:
         (["compress", "tiny.pth", "x.hsam", "--option", "side"], "invalid_option"),
         (["compress", "tiny.pth", "x.hsam", "--option", "side=-1"], "invalid_option"),
         (["compress", "tiny.pth", "x.hsam", "--variant", "sam_vit_b"], "variant_mismatch"),
-        (["compress", "tiny.pth", "none/x.hsam"], "file"),
+        (["compress", "tiny.pth", "none/x.hsam"], "invalid_option"),
         (["compress", "tiny.pth", "tiny.pth"], "invalid_option"),
         (["compress", "tiny.pth", "x.hsam", "--device", "gpu"], "invalid_option"),
         (["segment", "tiny.hsam", "a.png", "--point", "1,2", "--device", "cuda:77"], "unavailable"),
