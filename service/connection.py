@@ -13,6 +13,7 @@ from asyncio import TimerHandle
 from http import HTTPStatus
 from typing import Any
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from hypersam.settings import Settings
@@ -80,13 +81,48 @@ class _Connection(HttpToolsProtocol):
             taken += len(piece)
             self._idle_bytes += len(piece)
             if piece:
-                super().data_received(piece)
+                self._parse(piece)
             if self.transport.is_closing():
                 self._expect_taken()
             elif not piece or self._idle_bytes > MAX_HEAD_BYTES:
                 self._refuse_head()
 
     # the parser
+
+    def _parse(self, piece: bytes) -> None:
+        """Do what uvicorn does with bytes, except where a head asks for an upgrade.
+
+        The parser stops behind such a head, and takes its body for the next request. We change to no other protocol
+        and may pass over the wish (RFC 9110, 7.8). So the head is parsed once more without it, and then what follows.
+        """
+        self._unset_keepalive_if_required()
+        rest = memoryview(piece)  # there may be thousands of such heads in it
+        try:
+            while rest:
+                try:
+                    self.parser.feed_data(rest)
+                    return
+                except HttpParserUpgrade as stopped:
+                    rest = rest[stopped.args[0] :]
+                if self.parser.get_method() == b"CONNECT":  # stops the parser in any case
+                    self.send_400_response("CONNECT is not served")
+                    return
+                head = self._head_without_upgrade()
+                # A new one, for the old may still know the length of the body. It is lenient as uvicorn's own.
+                self.parser = HttpRequestParser(self)
+                self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+                self.parser.feed_data(head)
+        except HttpParserError:
+            message = "Invalid HTTP request received."
+            self.logger.warning(message)
+            self.send_400_response(message)
+
+    def _head_without_upgrade(self) -> bytes:
+        """The head that was parsed. That ``Connection`` still names the header does no harm where that is missing."""
+        version = self.parser.get_http_version().encode()
+        lines = [b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)]
+        lines += [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([*lines, b"", b""])
 
     def on_message_begin(self) -> None:
         """A request's first byte."""
@@ -106,6 +142,8 @@ class _Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """The head is here."""
+        if self.parser.should_upgrade():
+            return  # it comes once more, see _parse
         self._in_head, self._idle_bytes = False, 0
         if self._head is not None:
             self._head.cancel()
@@ -119,6 +157,8 @@ class _Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """The end of a request."""
+        if self.parser.should_upgrade():
+            return  # only of its head
         self._in_head, self._idle_bytes = True, 0
         if self._refused is not None:
             self._refused.cancel()
@@ -132,7 +172,7 @@ class _Connection(HttpToolsProtocol):
         super().on_response_complete()
         if self.transport.is_closing():
             self._expect_taken()
-        elif not self._in_head and self._refused is None:
+        elif not self._in_head and self._at_rest() and self._refused is None:  # the body is not that of a next request
             self._refused = self.loop.call_later(self.stall_seconds, self.transport.close)
 
     def pause_writing(self) -> None:

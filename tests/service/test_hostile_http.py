@@ -111,6 +111,100 @@ def test_heads_that_come_behind_others_are_counted(api: Api) -> None:
     alive(api)
 
 
+GOODBYE = b"GET /models HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+UPGRADES = {
+    "other": b"Connection: Upgrade\r\nUpgrade: foo\r\n",
+    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAA\r\n",
+    "websocket": b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: YQ==\r\n"
+                 b"connection: keep-alive,upgrade\r\n",
+    "last": b"Connection: close, Upgrade\r\nUPGRADE:foo\r\nUpgrade: bar\r\n",
+}  # fmt: skip
+
+
+def asking(upgrade: bytes, body: bytes, *, chunked: bool = False) -> tuple[bytes, bytes]:
+    """The head and the body of a request that gets 422."""
+    framing = b"Transfer-Encoding: chunked" if chunked else b"Content-Length: %d" % len(body)
+    sent = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body
+    head = b"POST /segment HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n" + framing + b"\r\n"
+    return head + upgrade + b"\r\n", sent
+
+
+def exchange(api: Api, *pieces: bytes) -> list[tuple[bytes, bytes]]:
+    """The statuses and bodies that come for pieces which the service gets one by one. The last asks for the end."""
+    with connection(api) as link:
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        for piece in pieces:
+            link.sendall(piece)
+            time.sleep(0.05)
+        received = b""
+        while block := link.recv(1 << 16):
+            received += block
+    answers = []
+    while received:
+        head, _, received = received.partition(b"\r\n\r\n")
+        length = re.search(rb"content-length: (\d+)", head)
+        assert length, head
+        answers.append((head.split(b" ")[1], received[: int(length[1])]))
+        received = received[int(length[1]) :]
+    return answers
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+@pytest.mark.parametrize("upgrade", UPGRADES.values(), ids=UPGRADES)
+def test_a_body_is_a_body_where_an_upgrade_is_asked_for(api: Api, upgrade: bytes, chunked: bool) -> None:
+    """Nothing is changed to, and no request can be hidden in it from a proxy in front."""
+    last = b"" if b"close" in upgrade else GOODBYE
+    for body in (b"GET /models HTTP/1.1\r\nHost: a\r\n\r\n", b" " * (100 << 10) + b'{"model":1}'):
+        (status, told), *others = exchange(api, b"".join(asking(b"", body, chunked=chunked)) + GOODBYE)
+        assert [status, *(after for after, _ in others)] == [b"422", b"200"]
+        expected = [(status, unnumbered(told)), *others[: len(last)]]
+        head, sent = asking(upgrade, body, chunked=chunked)
+        for pieces in ([head + sent + last], [head, sent + last], [head[:90], head[90:] + sent, last]):
+            (status, told), *others = exchange(api, *pieces)
+            assert [(status, unnumbered(told)), *others] == expected
+
+
+def unnumbered(problem: bytes) -> dict[str, object]:
+    """Without what differs from request to request."""
+    return {name: value for name, value in json.loads(problem).items() if name != "request_id"}
+
+
+def test_requests_behind_those_that_ask_for_an_upgrade(api: Api) -> None:
+    upgrade = b"GET /healthz HTTP/1.1\r\nHost: a\r\n" + UPGRADES["websocket"] + b"\r\n"
+    for pieces in ([upgrade + GOODBYE], [upgrade, GOODBYE], [upgrade[:50], upgrade[50:] + GOODBYE]):
+        (status, told), (after, models) = exchange(api, *pieces)
+        assert (status, json.loads(told)) == (b"200", {"status": "ok"})
+        assert (after, list(json.loads(models))) == (b"200", ["models"])
+    # What follows the last request is nothing, and not an error that takes the place of the answer.
+    last = b"GET /healthz HTTP/1.1\r\nHost: a\r\n" + UPGRADES["last"] + b"\r\n"
+    assert exchange(api, last + GOODBYE) == [(b"200", b'{"status":"ok"}')]
+    # The parser is not entered once more for each.
+    assert [status for status, _ in exchange(api, upgrade * 1000 + GOODBYE)] == [b"200"] * 1001
+    log = api.output()
+    assert "pip install" not in log
+    assert "Traceback" not in log
+
+
+def test_heads_that_ask_for_an_upgrade_are_counted(api: Api) -> None:
+    for size, status in ((MAX_HEAD_BYTES, b"200"), (MAX_HEAD_BYTES + 1, b"431"), (102_400, b"431")):
+        upgrade = b"Connection: close, Upgrade\r\nUpgrade: foo\r\n"
+        request = padded(size - len(upgrade) + len(b"Connection: close\r\n")).replace(b"Connection: close\r\n", upgrade)
+        assert len(request) == size
+        received = answer(api, request, end=False)
+        # The system may drop the answer, since we sent what was not read.
+        assert received.split(b" ")[1:2] == [status] or (size > MAX_HEAD_BYTES and not received)
+
+
+def test_tunnels_are_refused(api: Api) -> None:
+    hidden = b"GET /models HTTP/1.1\r\nHost: a\r\n\r\n"
+    for headers in (b"", UPGRADES["h2c"], b"Content-Length: %d\r\n" % len(hidden)):
+        connect = b"CONNECT evil.example:443 HTTP/1.1\r\nHost: evil.example\r\n" + headers + b"\r\n"
+        for pieces in ([connect], [connect + hidden]):
+            [(status, told)] = exchange(api, *pieces)
+            assert (status, json.loads(told)["code"]) == (b"400", "bad_http")
+    alive(api)
+
+
 @pytest.mark.parametrize("path", ["/models/", "/jobs/", "/segment/", "/static", "/static/assets", "//evil.example/.."])
 def test_nobody_is_sent_to_the_host_that_the_client_named(api: Api, path: str) -> None:
     named = "Host: evil.example\r\nX-Forwarded-Host: evil.example\r\n"

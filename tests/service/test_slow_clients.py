@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ from service.connection import MAX_HEAD_BYTES
 from tests.service.running import Api
 
 FORM = b'--b\r\nContent-Disposition: form-data; name="file"; filename="a.pth"\r\n\r\nPK\x03\x04'
+HEALTH = b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n"
 JSON = "application/json"
 PATIENCE = 30.0  # how long a test waits for what the service should do within a second or two
 
@@ -176,12 +178,13 @@ def test_a_chunk_whose_extension_does_not_end(hasty: Api) -> None:
         is_problem(all_of(link), 408, "request_timeout")
 
 
-def test_a_refused_body_is_not_read_for_ever(hasty: Api) -> None:
+@pytest.mark.parametrize("before", [b"", HEALTH], ids=["alone", "behind another"])
+def test_a_refused_body_is_not_read_for_ever(hasty: Api, before: bytes) -> None:
     """404 comes before the body; what follows must not keep the connection."""
     with connected(hasty) as link:
-        link.sendall(head("/nowhere", "text/plain"))
+        link.sendall(before + head("/nowhere", "text/plain"))
         drip(link, endless(b"x"), 0.1)
-        assert all_of(link).startswith(b"HTTP/1.1 404")
+        assert re.findall(rb"HTTP/1.1 (\d+)", all_of(link))[-1] == b"404"
 
 
 def test_what_is_no_http_gets_a_problem_too(hasty: Api) -> None:
@@ -191,12 +194,17 @@ def test_what_is_no_http_gets_a_problem_too(hasty: Api) -> None:
             is_problem(all_of(link), 400, "bad_http")
 
 
-def test_slow_but_steady_passes(hasty: Api) -> None:
+@pytest.mark.parametrize("before", [b"", HEALTH], ids=["alone", "behind another"])
+def test_slow_but_steady_passes(hasty: Api, before: bytes) -> None:
     """Three seconds at three times the least rate: longer than every time that is set."""
     body = b"x" * 9000
     form = FORM + body + b"\r\n--b--\r\n"
     with connected(hasty) as link:
-        link.sendall(head(length=len(form)))
+        link.sendall(before + head(length=len(form)))
+        answer = b""
+        while before and not answer.endswith(b'{"status":"ok"}'):
+            assert (block := link.recv(1 << 16)), answer
+            answer += block
         for start in range(0, len(form), 300):
             link.sendall(form[start : start + 300])
             time.sleep(0.1)
