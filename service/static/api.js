@@ -40,6 +40,11 @@ export class Problem extends Error {
   get refusesPicture() {
     return this.status === 413 || this.code === "bad_image";
   }
+
+  /** Whether the service says when to ask again, and that is soon. */
+  get passes() {
+    return this.wait <= MOST_WAIT;
+  }
 }
 
 function problemOf(status, text, retryAfter) {
@@ -81,7 +86,7 @@ export async function askPatiently(path, options, during) {
   try {
     return await askJson(path, options);
   } catch (error) {
-    if (!(error.wait <= MOST_WAIT)) throw error;
+    if (!error.passes) throw error;
     await during(pause(error.wait, options.signal), error);
   }
   return askJson(path, options);
@@ -111,10 +116,14 @@ export function upload(path, form, { signal, told }) {
   });
 }
 
-/** Every state of a job until it has ended. By fetch and not EventSource, which cannot send a key. */
-export async function* watch(id, signal) {
+/**
+ * Every state of a job until it has ended. By fetch and not EventSource, which cannot send a key. A service that does
+ * not answer, or that says when to ask again, is asked for as long as it takes: `waits(problem, wait)` is told each time.
+ */
+export async function* watch(id, signal, waits) {
   let last;
   for (;;) {
+    let wait = RECONNECT;
     try {
       const response = await ask(`jobs/${id}/events`, { signal, more: last ? { "Last-Event-ID": last } : {} });
       if (response.status === 204) return;
@@ -126,9 +135,14 @@ export async function* watch(id, signal) {
         if (!["queued", "running"].includes(job.state)) return;
       }
     } catch (error) {
-      if (isAbort(error) || (error instanceof Problem && error.status)) throw error;
+      if (isAbort(error) || (error.status && !error.passes)) throw error;
+      if (error instanceof Problem) {
+        if (error.passes) wait = Math.max(error.wait, RECONNECT);
+        waits(error, wait);
+        last = undefined; // the state is sent again, changed or not, in place of what was said of the waiting
+      }
     }
-    await pause(RECONNECT, signal);
+    await pause(wait, signal);
   }
 }
 

@@ -137,7 +137,8 @@ export class Press {
   async #watch(job, control) {
     this.#job = job;
     this.#show(`Compressing to ${job.name}`);
-    for await (const state of watch(job.id, control.signal)) {
+    const waits = ({ message }, wait) => this.#tell(job.progress, message, ` (asking again in ${wait / 1000} s)`);
+    for await (const state of watch(job.id, control.signal, waits)) {
       job = state;
       const eta = job.eta_s == null ? "" : `, about ${seconds(job.eta_s)} left`;
       this.#tell(job.progress, STAGES[job.stage] ?? ENDINGS[job.state] ?? job.stage, job.state === "running" ? eta : "");
@@ -155,6 +156,7 @@ export class Press {
     try {
       await ask(`jobs/${this.#job.id}`, { method: "DELETE" });
     } catch (error) {
+      $("cancel").disabled = false; // it goes on, and can be cancelled later
       this.#fail(error);
     }
   }

@@ -9,7 +9,7 @@ import { fillSelect, modelTitle } from "./words.js";
 const $ = (id) => document.getElementById(id);
 const CHECKPOINT = /\.(pth|pt|safetensors)$/i;
 
-const desk = new Desk();
+const desk = new Desk(reload);
 const press = new Press(finished);
 let reported = null; // what the report is of
 
@@ -18,6 +18,15 @@ async function loadModels() {
   desk.setModels(models);
   fillSelect($("report-model"), models.map((model) => [model.id, modelTitle(model)]));
   await loadReport();
+}
+
+/** Take the models anew, as one that was listed is gone; if the new list names such a model too, that is not pursued. */
+async function reload() {
+  try {
+    await loadModels();
+  } catch (error) {
+    if (error.code !== "unknown_model") desk.fail(error);
+  }
 }
 
 async function loadReport() {

@@ -23,7 +23,10 @@ export class Panel {
     this.canvas = this.root.querySelector("canvas");
     this.canvas.id = `stage-${letter}`;
     this.stage = new Stage(this.canvas, desk.hands);
-    this.select.addEventListener("change", () => this.embed());
+    this.select.addEventListener("change", () => {
+      desk.fail(null); // it was of the model chosen before
+      this.embed();
+    });
     desk.holder.append(this.root);
     this.name("Model");
   }

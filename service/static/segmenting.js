@@ -21,7 +21,9 @@ export class Desk {
   #before = null; // those before a box that is being drawn
   #opening = null; // the picture chosen last
 
-  constructor() {
+  /** `reload()` is called when a model turns out to be gone. */
+  constructor(reload) {
+    this.reload = reload;
     this.holder = $("panels");
     this.hands = {
       mode: () => chosen("mode"),
@@ -98,7 +100,9 @@ export class Desk {
 
   /** Take the list of models; the left panel gets the original in a comparison, where there is one. */
   setModels(models) {
-    const before = this.panels.map((panel) => panel.model?.artifact_sha256);
+    // A name may get another artifact, and two names may be of one.
+    const identity = ({ model }) => model && `${model.id} ${model.artifact_sha256}`;
+    const before = this.panels.map(identity);
     this.models = models;
     this.told = true;
     const options = models.map((model) => [model.id, modelTitle(model)]);
@@ -110,7 +114,7 @@ export class Desk {
     // Before it is disabled: then a click does nothing.
     if (models.length < 2 && $("compare").checked) $("compare").click();
     $("compare").disabled = models.length < 2;
-    this.panels.forEach((panel, k) => (panel.model?.artifact_sha256 === before[k] ? panel.facts() : panel.embed()));
+    this.panels.forEach((panel, k) => (identity(panel) === before[k] ? panel.facts() : panel.embed()));
   }
 
   #compare() {
@@ -233,5 +237,6 @@ export class Desk {
     $("problem").hidden = !error;
     $("problem").textContent = error?.message ?? "";
     if (error) this.say(""); // what was said of a mask no longer holds
+    if (error?.code === "unknown_model") this.reload();
   }
 }

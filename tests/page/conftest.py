@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import io
+import json
 import os
 import shutil
 import time
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, Route, expect, sync_playwright
 from pycocotools import mask as coco
 
 from hypersam.settings import Settings
@@ -147,6 +148,13 @@ def visit(browser: Browser, service: Api) -> Iterator[Callable[..., Visit]]:
         for each in opened:
             assert each.noise == []
             assert each.elsewhere == []
+
+
+def refuse(status: int, code: str, **headers: str) -> Callable[[Route], None]:
+    body = json.dumps({"code": code, "detail": "as tested"})
+    return lambda route: route.fulfill(
+        status=status, headers=headers, content_type="application/problem+json", body=body
+    )
 
 
 def until(page: Page, expression: str, timeout: float = 20_000) -> None:

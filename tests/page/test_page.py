@@ -15,7 +15,7 @@ from pycocotools import mask as coco
 
 from hypersam.keys import new_key
 from hypersam.settings import Settings
-from tests.page.conftest import ON, ROOT, Visit, checkpoint_of, decoded, pixels, resized, until
+from tests.page.conftest import ON, ROOT, Visit, checkpoint_of, decoded, pixels, refuse, resized, until
 from tests.service.running import Api
 
 pytestmark = [
@@ -268,6 +268,59 @@ def test_compressing_with_progress_to_a_report(visit: Open, service: Api) -> Non
     found = service.http.get("/models/eight").json()["report"]["fidelity"]["models"]["compressed"]
     v.shows("#report-body .cards", f"{found['mask_iou']:.4f}")
     v.shows("#report-body .cards", f"{found['embedding_cosine']:.5f}")
+
+
+@pytest.mark.parametrize(("status", "code"), [(503, "unavailable"), (429, "rate_limited")])
+def test_a_job_is_followed_through_an_outage(visit: Open, service: Api, status: int, code: str) -> None:
+    v = visit(errors=True)
+    again = refuse(status, code, **{"Retry-After": "1"})
+    v.page.route("**/jobs/*/events", again, times=2)
+    v.page.click("#carried")
+    v.shows("#checkpoint-name", "small_sam.pth")
+    v.page.select_option("#codec", "original")
+    name = f"through-{status}"
+    v.page.fill("#name", name)
+    v.page.click("#start")
+    v.shows("#job", "as tested (asking again in 1.5 s)")
+    expect(v.page.locator("#job-problem")).to_be_hidden()
+    expect(v.page.locator("#report-model")).to_have_value(name, timeout=60_000)
+    expect(v.page.locator(f"#model-a option[value={name}]")).to_be_attached()
+    expect(v.page.locator("#job-stage")).to_have_text("Done")
+    expect(v.page.locator("#job-eta")).to_be_empty()
+    expect(v.page.locator("#job-problem")).to_be_hidden()
+    service.http.delete(f"/models/{name}").raise_for_status()
+
+
+def test_what_a_job_does_is_shown_again_after_an_outage_and_its_loss_ends_it(visit: Open) -> None:
+    v = visit(errors=True)
+    job = {"id": "1", "name": "far", "state": "running", "stage": "encoding", "progress": 0.5, "eta_s": None}
+    state = f"id: 7\nevent: job\ndata: {json.dumps(job)}\n\n"
+    streams: list[Callable[[Route], object]] = [
+        # As the service does it: a state that is known already is not sent again.
+        lambda route: route.fulfill(
+            content_type="text/event-stream", body=": ping\n\n" if "last-event-id" in route.request.headers else state
+        )
+    ]
+    v.page.route("**/jobs?*", lambda route: route.fulfill(json={"jobs": [job]}))
+    v.page.route("**/jobs/1/events", lambda route: streams[-1](route))
+    v.page.reload()
+    v.shows("#job-stage", "Encoding the tensors")
+    streams.append(refuse(503, "unavailable", **{"Retry-After": "2"}))
+    v.shows("#job", "as tested (asking again in 2 s)")
+    v.page.route("**/jobs/1", refuse(503, "unavailable", **{"Retry-After": "2"}))
+    v.page.click("#cancel")
+    v.shows("#job-problem", "as tested")
+    expect(v.page.locator("#cancel")).to_be_enabled()  # for the job goes on
+    streams.append(lambda route: route.abort())
+    v.shows("#job", "The service does not answer. Is it still running? (asking again in 1.5 s)")
+    del streams[1:]
+    expect(v.page.locator("#job-stage")).to_have_text("Encoding the tensors")
+    expect(v.page.locator("#job-eta")).to_be_empty()
+    streams.append(refuse(503, "unavailable", **{"Retry-After": "3600"}))
+    v.shows("#job-problem", "Something that the service needs is missing: as tested")
+    v.page.reload()
+    streams.append(refuse(404, "unknown_job"))
+    v.shows("#job-problem", "as tested")
 
 
 def test_cancelling(visit: Open) -> None:

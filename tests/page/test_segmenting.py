@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Request, Route, expect
 
 from hypersam.settings import Settings
-from tests.page.conftest import CARRIED, ON, UNTOUCHED, Visit, decoded, pixels
+from tests.page.conftest import CARRIED, ON, UNTOUCHED, Visit, decoded, pixels, refuse
 from tests.service.running import Api
 
 pytestmark = [
@@ -21,13 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning"),
 ]
 Open = Callable[..., Visit]
-
-
-def refuse(status: int, code: str, **headers: str) -> Callable[[Route], None]:
-    body = json.dumps({"code": code, "detail": "as tested"})
-    return lambda route: route.fulfill(
-        status=status, headers=headers, content_type="application/problem+json", body=body
-    )
 
 
 def requests_to(v: Visit, path: str) -> list[Request]:
@@ -245,6 +238,65 @@ def test_models_that_are_gone(visit: Open, service: Api) -> None:
     enter_key(v, "fourth")
     v.shows("#panel-a .facts", "No model yet")
     expect(v.page.locator("#panel-a .busy")).to_be_hidden()
+
+
+def test_a_model_that_is_gone_leaves_the_lists_and_its_problem_ends_with_the_next_choice(
+    visit: Open, service: Api
+) -> None:
+    sent = service.compress(CARRIED, name="doomed", options=UNTOUCHED)
+    assert service.wait_job(sent.json()["id"])["state"] == "succeeded", service.output()
+    v = visit(errors=True)
+    expect(v.page.locator("#model-a option[value=doomed]")).to_be_attached()
+    expect(v.page.locator("#report-model option[value=doomed]")).to_be_attached()
+    v.sample()
+    v.click(*ON)
+    assert service.http.delete("/models/doomed").status_code == 204
+    v.page.select_option("#model-a", "doomed")
+    v.shows("#problem", "The model is gone")
+    for name in ("model-a", "model-b", "report-model"):
+        expect(v.page.locator(f"#{name} option[value=doomed]")).not_to_be_attached()
+    expect(v.page.locator("#model-a")).to_have_value("eight")
+    v.shows("#panel-a .figures", "pixels")
+    expect(v.page.locator("#problem")).to_be_visible()  # says why another model answers
+    v.page.select_option("#model-a", "original")
+    expect(v.page.locator("#problem")).to_be_hidden()
+    v.shows("#panel-a .figures", "pixels")
+    expect(v.page.locator("#problem")).to_be_hidden()
+
+
+def test_another_name_of_the_same_artifact_is_asked_in_its_place(visit: Open, service: Api) -> None:
+    v = visit(errors=True)
+    eight = service.http.get("/models/eight").json()
+    models = [eight, {**eight, "id": "doomed"}]
+    v.page.route("**/models", lambda route: route.fulfill(json={"models": models}))
+    enter_key(v, "first")
+    v.sample()
+    v.click(*ON)
+    models.pop()
+    v.page.select_option("#model-a", "doomed")
+    v.shows("#problem", "The model is gone")
+    expect(v.page.locator("#model-a")).to_have_value("eight")
+    v.shows("#panel-a .figures", "pixels")
+
+
+def test_a_list_that_goes_on_naming_a_model_that_is_gone_is_asked_for_once(visit: Open, service: Api) -> None:
+    v = visit(errors=True)
+    eight = service.http.get("/models/eight").json()
+    models = [eight, {**eight, "id": "doomed", "artifact_sha256": "0" * 64}]
+    v.page.route("**/models", lambda route: route.fulfill(json={"models": models}))
+    enter_key(v, "first")
+    lists = requests_to(v, "/models")
+    with v.page.expect_response("**/models/doomed"):
+        v.page.select_option("#report-model", "doomed")
+    v.shows("#problem", "The model is gone")
+    v.becomes(lambda: lists)
+    v.page.wait_for_timeout(500)  # in which it could be asked for again
+    assert len(lists) == 1
+    v.sample()
+    v.page.select_option("#model-a", "doomed")
+    v.becomes(lambda: len(lists) == 2)
+    v.page.wait_for_timeout(500)
+    assert len(lists) == 2
 
 
 def test_the_report_is_of_the_model_chosen_last(visit: Open) -> None:
