@@ -203,7 +203,8 @@ def test_slow_but_steady_passes(hasty: Api, before: bytes) -> None:
         link.sendall(before + head(length=len(form)))
         answer = b""
         while before and not answer.endswith(b'{"status":"ok"}'):
-            assert (block := link.recv(1 << 16)), answer
+            block = link.recv(1 << 16)
+            assert block, answer
             answer += block
         for start in range(0, len(form), 300):
             link.sendall(form[start : start + 300])
