@@ -87,7 +87,10 @@ class Api(Process):
         super().__init__([sys.executable, "-c", SERVE], settings, within=within)
         self.settings = settings
         self.url = self.wait_for("hypersam is ready at").split()[4]
-        self.http = httpx.Client(base_url=self.url, timeout=60)
+        # Room for every thread of a test: a pool with too many idle connections may close one that another thread has
+        # just been given. The service closes those that were idle for 5 seconds.
+        limits = httpx.Limits(max_connections=200, max_keepalive_connections=200, keepalive_expiry=4)
+        self.http = httpx.Client(base_url=self.url, timeout=60, limits=limits)
 
     def stop(self, sig: int = signal.SIGTERM, timeout: float = 30) -> int:
         self.http.close()
