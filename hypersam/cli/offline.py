@@ -139,7 +139,7 @@ def run_decompress(artifact: Path, target: Path, as_json: bool) -> None:
         prefix = _prefix_of(opened.source)
         state = {prefix + key: value.contiguous() for key, value in opened.state_dict().items()}
     try:
-        with open(part, "xb") as made:  # as any file of this user is; the library's own is for nobody else to read
+        with open(part, "wb") as made:  # as any file of this user is; the library's own is for nobody else to read
             mode = os.fstat(made.fileno()).st_mode
         save_file(state, part)
         part.chmod(mode)
