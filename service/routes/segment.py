@@ -205,7 +205,7 @@ def _accepted(request: Request, offered: Sequence[str], unfit: Mapping[str, str]
         liked[kind] = float(quality) if _QUALITY.fullmatch(quality.strip()) else 0.0
     json = next((liked[kind] for kind in ("application/json", "application/*", "*/*") if kind in liked), 0.0)
     named = sorted((kind for kind in offered if liked.get(kind, 0.0) > 0), key=lambda kind: -liked[kind])
-    fitting = [kind for kind in named if not unfit or kind not in unfit]
+    fitting = [kind for kind in named if kind not in (unfit or {})]
     if fitting and liked[fitting[0]] >= json:
         return fitting[0]
     if unfit and named and not fitting and not json:
